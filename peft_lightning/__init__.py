@@ -1,0 +1,57 @@
+"""Parameter-efficient training of language models on PyTorch Lightning.
+
+The public names, nothing else; they are imported when first used, so that ``import peft_lightning`` is instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft_lightning.backbones.build import BackboneConfig
+    from peft_lightning.callbacks.checkpoint import RunCheckpoint
+    from peft_lightning.data.supervised import TaskDataModule
+    from peft_lightning.loading import load
+    from peft_lightning.methods.fine_tune import FineTuneModule
+    from peft_lightning.methods.sparse_adapter import AdapterConfig, PruneConfig, SparseAdapterModule
+    from peft_lightning.module import OptimConfig
+    from peft_lightning.tasks.table import Task
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterConfig",
+    "BackboneConfig",
+    "FineTuneModule",
+    "OptimConfig",
+    "PruneConfig",
+    "RunCheckpoint",
+    "SparseAdapterModule",
+    "Task",
+    "TaskDataModule",
+    "load",
+]
+
+_HOME = {
+    "AdapterConfig": "methods.sparse_adapter",
+    "BackboneConfig": "backbones.build",
+    "FineTuneModule": "methods",
+    "OptimConfig": "module",
+    "PruneConfig": "methods.sparse_adapter",
+    "RunCheckpoint": "callbacks.checkpoint",
+    "SparseAdapterModule": "methods",
+    "Task": "tasks.table",
+    "TaskDataModule": "data.supervised",
+    "load": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

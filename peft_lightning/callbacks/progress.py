@@ -1,0 +1,82 @@
+"""One line that says where a run stands: step, loss, metric, examples per second, time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from torch import Tensor
+
+__all__ = ["ProgressLine"]
+
+
+class ProgressLine(ProgressBar):
+    """Rewrites one line on a terminal; prints a line every few seconds elsewhere (a cluster's log file).
+
+    Args:
+        seconds: between two lines where the output is not a terminal.
+    """
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self._enabled = True
+        self._rows = 0
+        self._started_step = 0
+        self._start = self._shown = 0.0
+
+    def disable(self) -> None:
+        """Called on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._start = self._shown = time.monotonic()
+        self._rows, self._started_step = 0, trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count rows; show the line if it is time."""
+        self._rows += _rows(batch) * trainer.world_size
+        terminal = sys.stderr.isatty()
+        if time.monotonic() - self._shown >= (0.5 if terminal else self.seconds):
+            self._show(trainer, "\r" if terminal else "", "" if terminal else "\n")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the line with the new metric."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._show(trainer, "\r" if sys.stderr.isatty() else "", "\n")
+
+    def _show(self, trainer: L.Trainer, start: str, end: str) -> None:
+        self._shown = time.monotonic()
+        if not self._enabled:
+            return
+        passed, steps = self._shown - self._start, trainer.global_step - self._started_step
+        total = trainer.estimated_stepping_batches
+        parts = [f"step {trainer.global_step}/{total:.0f}"]
+        for name, value in sorted(trainer.progress_bar_metrics.items()):
+            if name != "v_num":
+                parts.append(f"{name} {float(value):.4f}")
+        parts.append(f"{self._rows / max(passed, 1e-9):.0f} examples/s")
+        if steps and total != float("inf"):
+            left = timedelta(seconds=round((total - trainer.global_step) * passed / steps))
+            parts.append(f"{left} left")
+        sys.stderr.write(f"{start}{'  '.join(parts)}{end}")
+        sys.stderr.flush()
+
+
+def _rows(batch: Any) -> int:
+    if isinstance(batch, Tensor):
+        return len(batch)
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((_rows(value) for value in values if _rows(value)), 0)

@@ -1,0 +1,93 @@
+"""Entry point: turns failures into one line and an exit status (0 good, 1 failed, 2 wrong usage)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "fit": "train a method on a task, into a run's folder",
+    "validate": "measure a checkpoint on the validation split",
+    "test": "measure a checkpoint on the test split",
+    "predict": "write a checkpoint's answers into the run's folder",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run ``peft-lightning`` with the given words, or with the process's own.
+
+    Raises:
+        SystemExit: always, unless all went well.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        raise SystemExit(0 if words else 2)
+    if words[0] == "--version":
+        from peft_lightning import __version__
+
+        sys.stdout.write(f"peft-lightning {__version__}\n")
+        raise SystemExit(0)
+    if words[0] not in COMMANDS:
+        _fail(f"{words[0]!r} is not a command; there are: {', '.join(COMMANDS)}", 2)
+    _quieten()
+    try:
+        from peft_lightning.cli.trainer import run
+
+        run(words)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(*_explain(error))
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    from jsonargparse import ArgumentError
+
+    from peft_lightning.errors import PeftLightningError
+
+    seen: BaseException | None = error
+    while seen is not None:  # libraries wrap what our classes raise while they are built
+        if isinstance(seen, PeftLightningError):
+            return str(seen), seen.exit_code
+        seen = seen.__cause__ or seen.__context__
+    if isinstance(error, ArgumentError):
+        return str(error), 2
+    if isinstance(error, OSError):
+        return str(error), 1
+    return f"{type(error).__name__}: {error} (run again with --debug for the traceback)", 1
+
+
+def _fail(message: str, code: int) -> None:
+    line = " ".join(message.split())
+    sys.stderr.write(f"peft-lightning: error: {line[:1500]}\n")
+    raise SystemExit(code)
+
+
+def _usage() -> str:
+    lines = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+    return (
+        "usage: peft-lightning COMMAND [--config FILE ...] [--any.option VALUE ...] [--debug]\n\n"
+        f"commands:\n{lines}\n\n"
+        "options of a command: peft-lightning COMMAND --help\n"
+        "options of a class:   peft-lightning COMMAND --model.help SparseAdapterModule\n"
+        "                      peft-lightning COMMAND --data.help TaskDataModule\n"
+    )
+
+
+def _quieten() -> None:
+    """Keep frameworks' advertisements and progress bars out of our output; warnings of substance stay."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*in eval mode.*"):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")

@@ -1,0 +1,253 @@
+"""LightningCLI for all methods: ``fit``, ``validate``, ``test``, ``predict``, each run in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import peft_lightning.data.supervised  # noqa: F401  short class names resolve once their modules are imported
+import peft_lightning.methods  # noqa: F401
+from peft_lightning.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
+from peft_lightning.callbacks.log import MetricsCSV
+from peft_lightning.callbacks.progress import ProgressLine
+from peft_lightning.callbacks.report import Report
+from peft_lightning.errors import UsageError
+from peft_lightning.files.atomic import atomic_write
+from peft_lightning.files.manifest import MANIFEST_KEY, read_file
+from peft_lightning.module import MethodModule
+
+__all__ = ["TrainerCLI", "run"]
+
+LINKED = ("task", "seed")  # options of the model that follow others
+
+
+class TrainerCLI(LightningCLI):
+    """One command line for every method; the class path chooses it."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The run's folder, resuming, and the links that keep the five choices consistent."""
+        parser.add_argument("--run_dir", type=str | None, default=None, help="the run's folder")
+        parser.add_argument(
+            "--resume", type=str | None, default=None, help="'auto': go on from the run folder's last checkpoint"
+        )
+        parser.add_argument("--save_every_n_steps", type=int, default=200, help="optimizer steps between checkpoints")
+        parser.link_arguments("data.init_args.task", "model.init_args.task")
+        parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+        parser.link_arguments("model.init_args.backbone", "data.init_args.tokenizer", compute_fn=_tokenizer_of)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Loading is always safe, so the switch for it is not offered."""
+        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: flags given beside a checkpoint must not be overridden by what it holds."""
+
+    # -- the run's folder --------------------------------------------------------------------------------------
+
+    @property
+    def options(self) -> Any:
+        """The parsed options of the chosen command."""
+        return self.config[self.subcommand]
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run's folder and refuse what cannot go on, before anything is loaded."""
+        options = self.options
+        if self.subcommand != "fit":
+            if options.run_dir is None:
+                if not options.ckpt_path:
+                    raise UsageError(f"{self.subcommand}: give --ckpt_path, the checkpoint to {self.subcommand}")
+                path = Path(options.ckpt_path)
+                options.run_dir = str(path if path.is_dir() else path.parent)
+            return
+        if options.run_dir is None:
+            method = options.model.class_path.rpartition(".")[2].removesuffix("Module")
+            options.run_dir = f"runs/{method}-{_task_name(options.data.init_args.get('task'))}-{options.seed_everything}"
+        folder = Path(options.run_dir)
+        if options.resume not in (None, "auto"):
+            raise UsageError(f"--resume = {options.resume!r}: must be 'auto'")
+        if options.resume and options.ckpt_path:
+            raise UsageError("--resume auto and --ckpt_path: give one of them")
+        if _first_rank() and folder.exists() and any(folder.iterdir()) and not options.resume:
+            raise UsageError(
+                f"--run_dir = {folder}: exists already; add --resume auto to go on with it, or name another folder"
+            )
+        last = folder / "last.ckpt"
+        if options.resume and last.exists():
+            self._refuse_other_configuration(folder)
+            options.ckpt_path = str(last)
+
+    def _effective(self) -> dict[str, Any]:
+        parser = self._parser(self.subcommand)
+        config: dict[str, Any] = yaml.safe_load(parser.dump(self.options, skip_none=False, skip_validation=True))
+        return config
+
+    def _refuse_other_configuration(self, folder: Path) -> None:
+        saved = folder / "config.yaml"
+        if not saved.exists():
+            return
+        before, now = (_flat(config) for config in (yaml.safe_load(saved.read_text()), self._effective()))
+        passing = ("resume", "ckpt_path", "run_dir", "config")
+        changed = [
+            f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key) and key.split(".")[0] not in passing
+        ]
+        if changed:
+            raise UsageError(
+                f"--resume auto: the run in {folder} was started with other settings ({'; '.join(changed)}); "
+                "use the same ones, or another --run_dir"
+            )
+
+    # -- the trainer -------------------------------------------------------------------------------------------
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The configured trainer with the run's folder, loggers, checkpoints, progress and report."""
+        config = self._get(self.config_init, "trainer", default={})
+        folder = Path(self.options.run_dir)
+        callbacks: list[L.Callback] = [Report(folder)]
+        if config.get("enable_progress_bar") is not False:
+            callbacks.insert(0, ProgressLine())
+        if self.subcommand == "fit":
+            callbacks.append(RunCheckpoint(folder, self.options.save_every_n_steps))
+        loggers: Any = config.get("logger")
+        if loggers in (None, True):
+            loggers = self._loggers(folder) if self.subcommand == "fit" else False
+        return super().instantiate_trainer(
+            default_root_dir=str(folder),
+            logger=loggers,
+            enable_checkpointing=self.subcommand == "fit",
+            enable_model_summary=False,
+            callbacks=[*(config.get("callbacks") or []), *callbacks],
+            plugins=[*(config.get("plugins") or []), AtomicCheckpointIO()],
+            use_distributed_sampler=False,
+            **kwargs,
+        )
+
+    def _loggers(self, folder: Path) -> list[Any]:
+        purge = None
+        if self.options.ckpt_path:
+            purge = int(read_file(self.options.ckpt_path).get("global_step", 0)) + 1
+        return [MetricsCSV(folder), TensorBoardLogger(folder, name="tensorboard", version="", purge_step=purge)]
+
+    # -- commands ----------------------------------------------------------------------------------------------
+
+    def before_fit(self) -> None:
+        """Write the effective configuration into the run's folder and into the module's manifest."""
+        effective = self._effective()
+        self.model.run_config = {key: effective.get(key) for key in ("data",)}
+        if _first_rank():
+            text = yaml.safe_dump(effective, sort_keys=False)
+            atomic_write(Path(self.options.run_dir) / "config.yaml", lambda file: file.write(text.encode()))
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        path = self.options.ckpt_path
+        if path:
+            read_file(path)  # one clear line for a damaged file, before the trainer starts
+            if Path(path).is_dir():
+                raise UsageError(f"--ckpt_path = {path}: must be a .ckpt file")
+        arguments |= {"ckpt_path": path, "weights_only": True}
+        if subcommand in ("validate", "test"):
+            arguments["verbose"] = False
+        return arguments
+
+    def predict(self, **arguments: Any) -> None:
+        """Write ``predictions.jsonl``: one line per row of the split, in its order."""
+        arguments["return_predictions"] = True
+        answers = [answer for batch in self.trainer.predict(**arguments) or [] for answer in batch]
+        if self.trainer.world_size > 1:
+            gathered: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, answers)
+            answers = [answer for part in gathered for answer in part]
+        if self.trainer.is_global_zero:
+            lines = [json.dumps(answer) for answer in sorted(answers, key=lambda answer: answer["row"])]
+            target = Path(self.options.run_dir) / "predictions.jsonl"
+            atomic_write(target, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+
+
+def run(words: list[str]) -> None:
+    """Parse ``words`` (the command first) and carry the command out.
+
+    Raises:
+        UsageError, ArgumentError: for wrong options.
+        PeftLightningError: for anything else that the user can act on.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        words = _with_recorded_settings(words, Path(folder))
+        parser_options = {"exit_on_error": False}
+        TrainerCLI(
+            MethodModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=42,
+            parser_kwargs={**parser_options, **{name: parser_options for name in TrainerCLI.subcommands()}},
+            args=words,
+        )
+
+
+def _with_recorded_settings(words: list[str], folder: Path) -> list[str]:
+    """For a command on a checkpoint: put what the checkpoint records before the user's own options."""
+    path = _option(words, "--ckpt_path")
+    if words[0] == "fit" or path is None:
+        return words
+    manifest = read_file(path)[MANIFEST_KEY]
+    values = dict(manifest["hyper_parameters"])
+    data = manifest.get("run_config", {}).get("data") or {
+        "class_path": "TaskDataModule",
+        "init_args": {"task": values["task"], "max_length": values["max_length"]},
+    }
+    recorded = {
+        "seed_everything": values["seed"],
+        "model": {
+            "class_path": manifest["class"],
+            "init_args": {key: value for key, value in values.items() if key not in LINKED},
+        },
+        "data": data,
+    }
+    file = folder / "recorded.yaml"
+    file.write_text(yaml.safe_dump(recorded))
+    return [words[0], "--config", str(file), *words[1:]]
+
+
+def _option(words: list[str], name: str) -> str | None:
+    for position, word in enumerate(words):
+        if word == name and position + 1 < len(words):
+            return words[position + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _tokenizer_of(backbone: Any) -> str | None:
+    if backbone is None or isinstance(backbone, str):
+        return backbone
+    return backbone.get("tokenizer") or backbone.get("name")
+
+
+def _task_name(task: Any) -> str:
+    return task if isinstance(task, str) else str(task.get("name")) if task is not None else "task"
+
+
+def _first_rank() -> bool:
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(config, dict):
+        return {prefix: config}
+    return {k: v for key, value in config.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}

@@ -1,0 +1,138 @@
+"""What our files say of themselves, how they are read, and the strict comparison before anything is loaded.
+
+A checkpoint (``.ckpt``) holds tensors and plain containers and is read with ``weights_only=True``. An exported adapter
+is a folder of ``adapter.safetensors`` and ``manifest.json`` with the SHA-256 of the former.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from peft_lightning.errors import CheckpointError
+from peft_lightning.files.atomic import atomic_write
+
+__all__ = ["FORMAT", "MANIFEST_KEY", "check_fingerprint", "check_tensors", "read_file", "write_adapter"]
+
+MANIFEST_KEY = "peft_lightning"
+FORMAT = 1
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint or an exported adapter's folder.
+
+    Args:
+        path: a ``.ckpt`` file, an adapter folder, or a run's folder (its ``best.ckpt``, else its ``last.ckpt``).
+
+    Returns:
+        A mapping with at least ``state_dict`` and our manifest under :data:`MANIFEST_KEY`.
+
+    Raises:
+        CheckpointError: if there is no such file, or it is damaged or not one of ours.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / "manifest.json").exists():
+        found = [path / name for name in ("best.ckpt", "last.ckpt") if (path / name).exists()]
+        if not found:
+            raise CheckpointError(f"{path}: this folder holds no best.ckpt, last.ckpt or manifest.json")
+        path = found[0]
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such checkpoint")
+    content = _read_adapter(path) if path.is_dir() else _read_checkpoint(path)
+    manifest = content.get(MANIFEST_KEY)
+    if not isinstance(manifest, dict) or "state_dict" not in content:
+        raise CheckpointError(f"{path}: was not written by peft_lightning (it has no manifest)")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {manifest.get('format')} is not the format {FORMAT} that is read here")
+    return content
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file: all mean the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: damaged, truncated or not a checkpoint ({reason[:200]})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a checkpoint (it holds a {type(content).__name__})")
+    return content
+
+
+def _read_adapter(folder: Path) -> dict[str, Any]:
+    tensors = folder / "adapter.safetensors"
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        payload = tensors.read_bytes()
+        if not isinstance(manifest, dict):
+            raise ValueError("manifest.json holds no mapping")
+        if hashlib.sha256(payload).hexdigest() != manifest.get("sha256"):
+            raise ValueError("the SHA-256 of adapter.safetensors differs from the manifest's")
+        return {"state_dict": load_safetensors(payload), MANIFEST_KEY: manifest}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: damaged or incomplete adapter ({error})") from error
+
+
+def write_adapter(folder: str | Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Write an adapter's folder; the manifest is written last, so that a half-written folder cannot be read.
+
+    Args:
+        folder: made if needed; an adapter in it is replaced.
+        tensors: what the method trained, and its masks.
+        manifest: JSON-able description; ``sha256`` is added.
+    """
+    folder = Path(folder)
+    payload = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    described = {**manifest, "sha256": hashlib.sha256(payload).hexdigest()}
+    (folder / "manifest.json").unlink(missing_ok=True)
+    atomic_write(folder / "adapter.safetensors", lambda file: file.write(payload))
+    text = json.dumps(described, indent=2, sort_keys=True) + "\n"
+    atomic_write(folder / "manifest.json", lambda file: file.write(text.encode()))
+
+
+def check_tensors(given: Mapping[str, Any], expected: Mapping[str, Tensor], what: str) -> None:
+    """Compare names, shapes and dtypes both ways.
+
+    Raises:
+        CheckpointError: lists every missing, unexpected and mis-shaped tensor (the first few of each).
+    """
+    wrong = []
+    for name in given.keys() & expected.keys():
+        have, want = given[name], expected[name]
+        if not isinstance(have, Tensor) or have.shape != want.shape or have.dtype != want.dtype:
+            shown = f"{tuple(have.shape)} {have.dtype}" if isinstance(have, Tensor) else type(have).__name__
+            wrong.append(f"{name} ({shown}, expected {tuple(want.shape)} {want.dtype})")
+    parts = [
+        f"{kind} {len(names)}: {', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''}"
+        for kind, names in (
+            ("missing", expected.keys() - given.keys()),
+            ("unexpected", given.keys() - expected.keys()),
+            ("different", wrong),
+        )
+        if names
+    ]
+    if parts:
+        raise CheckpointError(f"{what}: tensors do not fit this module; {'; '.join(parts)}")
+
+
+def check_fingerprint(given: Mapping[str, Any] | None, expected: Mapping[str, Any], what: str) -> None:
+    """Compare the backbone that a file was made on with the one at hand.
+
+    Raises:
+        CheckpointError: lists what differs: another depth, width or architecture, or the same with other weights.
+    """
+    given = given or {}
+    keys = [key for key in {**expected, **given} if given.get(key) != expected.get(key)]
+    shape = [f"{key} {given.get(key)} here {expected.get(key)}" for key in keys if key != "weights"]
+    if shape:
+        raise CheckpointError(f"{what}: belongs to another backbone ({'; '.join(shape)})")
+    if keys:
+        raise CheckpointError(f"{what}: belongs to a backbone of the same shape with other weights")

@@ -1,0 +1,55 @@
+"""The classification head on the first token.
+
+``dense`` is the head of BERT's fine-tuning (https://arxiv.org/abs/1810.04805) and of RoBERTa:
+``out(drop(tanh(dense(drop(h_0)))))``; ``linear`` is ``out(drop(h_0))``. The weights come from N(0, 0.02), as
+BERT's do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from peft_lightning.errors import UsageError
+
+_STYLES = ("dense", "linear")
+
+
+class ClassificationHead(nn.Module):
+    """Map the first token's state to logits, in float32 whatever the backbone computes in.
+
+    Args:
+        hidden_size: width H of the backbone.
+        num_outputs: number C of logits.
+        style: ``dense`` (dense, tanh, linear) or ``linear``.
+        dropout: probability before each of the linear maps.
+
+    Raises:
+        UsageError: ``style`` is neither of the two, or ``dropout`` is outside [0, 1).
+    """
+
+    def __init__(self, hidden_size: int, num_outputs: int, style: str, dropout: float) -> None:
+        super().__init__()
+        if style not in _STYLES:
+            raise UsageError(f"head is {style!r}; allowed: {', '.join(_STYLES)}")
+        if not 0 <= dropout < 1:
+            raise UsageError(f"head_dropout is {dropout}; allowed: 0 <= head_dropout < 1")
+        self.dropout = nn.Dropout(dropout)
+        self.dense = nn.Linear(hidden_size, hidden_size) if style == "dense" else None
+        self.out = nn.Linear(hidden_size, num_outputs)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights from N(0, 0.02) and set the biases to 0."""
+        for linear in (self.dense, self.out):
+            if linear is not None:
+                nn.init.normal_(linear.weight, std=0.02)
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits [B, C] in float32 for ``hidden`` [B, L, H] of any floating dtype."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            state = hidden[:, 0].float()
+            if self.dense is not None:
+                state = torch.tanh(self.dense(self.dropout(state)))
+            return self.out(self.dropout(state))

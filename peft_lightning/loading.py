@@ -1,0 +1,59 @@
+"""From a file back to a working module: a checkpoint, a run's folder, or an exported adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft_lightning.methods  # noqa: F401  the methods must exist before their names can be looked up
+from peft_lightning.errors import CheckpointError
+from peft_lightning.files.manifest import MANIFEST_KEY, read_file
+from peft_lightning.module import MethodModule
+
+__all__ = ["load", "method_class"]
+
+
+def method_class(class_path: str) -> type[MethodModule]:
+    """The method that a file names. Only classes that are already imported are considered: a file runs no code.
+
+    Raises:
+        CheckpointError: if no imported method has this path.
+    """
+    for kind in _subclasses(MethodModule):
+        if f"{kind.__module__}.{kind.__qualname__}" == class_path:
+            return kind
+    raise CheckpointError(f"the file names the method {class_path!r}, which is unknown; import its module first")
+
+
+def load(path: str | Path, *, backbone: Any = None) -> Any:
+    """Rebuild a trained module, in evaluation mode.
+
+    Args:
+        path: a ``.ckpt`` file, a run's folder (its best checkpoint, else its last), or an exported adapter's folder.
+        backbone: instead of the backbone's recorded folder or name, for a file that was made elsewhere.
+
+    Returns:
+        The module; a task's module answers ``predict([...texts...])``.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or fits neither the method nor the backbone.
+    """
+    content = read_file(path)
+    manifest = content[MANIFEST_KEY]
+    values = dict(manifest["hyper_parameters"])
+    if backbone is not None:
+        values["backbone"] = backbone
+    try:
+        module = method_class(str(manifest["class"]))(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{path}: its hyper-parameters do not fit the method ({error})") from None
+    module.on_load_checkpoint(content)
+    module.load_state_dict(content["state_dict"], strict=False)
+    return module.eval()
+
+
+def _subclasses(kind: type[Any]) -> Iterator[type[Any]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)

@@ -1,0 +1,215 @@
+"""A backbone with a task's head, loss and metrics: what all methods but pretraining share.
+
+A method adds to :meth:`TaskModule.attach` what it trains inside the backbone and says so in ``declared``; the rest,
+from the training step to ``predict``, is here. Shapes: B rows, L tokens, H width, C outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+
+from peft_lightning.backbones.build import (
+    BackboneConfig,
+    as_backbone_config,
+    build_backbone,
+    fingerprint,
+    load_tokenizer,
+)
+from peft_lightning.errors import UsageError
+from peft_lightning.module import MethodModule, OptimConfig
+from peft_lightning.tasks.kinds.base import build_kind
+from peft_lightning.tasks.table import Task, get_task
+
+__all__ = ["TaskModule"]
+
+Batch = Mapping[str, Any]
+
+
+class TaskModule(MethodModule):
+    """Base of the methods that solve a labelled task.
+
+    Args:
+        task: name of a row of the task table, or a row.
+        backbone: which encoder; a string is a folder or hub name.
+        optim: the optimiser's settings.
+        head: ``dense`` (dense-tanh-linear on the first token) or ``linear``.
+        head_dropout: dropout in the head.
+        class_weights: one weight per class in the loss, or none.
+        max_length: tokens at most in :meth:`predict`.
+        seed: of initial values, dropout and ties.
+
+    Raises:
+        UsageError: if a value is not allowed.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: str | Task | Mapping[str, Any],
+        backbone: BackboneConfig | Mapping[str, Any] | str,
+        optim: OptimConfig | Mapping[str, Any],
+        head: str,
+        head_dropout: float,
+        class_weights: Sequence[float] | None,
+        max_length: int,
+        seed: int,
+    ) -> None:
+        super().__init__(optim=optim, seed=seed)
+        self.task = get_task(task)
+        self.backbone_config = as_backbone_config(backbone)
+        self.kind = build_kind(self.task)
+        self.head_style, self.head_dropout, self.max_length = head, head_dropout, max_length
+        if not 0 <= head_dropout < 1:
+            raise UsageError(f"head_dropout = {head_dropout}: must lie in [0, 1)")
+        if class_weights is not None and len(class_weights) != self.kind.num_outputs:
+            raise UsageError(
+                f"class_weights = {list(class_weights)}: must be {self.kind.num_outputs} numbers, one per class"
+            )
+        weights_C = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", weights_C, persistent=False)
+        self.record(
+            task=self.task,
+            backbone=self.backbone_config,
+            head=head,
+            head_dropout=head_dropout,
+            class_weights=None if class_weights is None else list(class_weights),
+            max_length=max_length,
+        )
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Folder or hub name of the tokenizer, or ``toy``."""
+        return self.backbone_config.tokenizer_name
+
+    @property
+    def monitor(self) -> str:
+        """Name under which the task's first metric is logged in validation."""
+        return f"val/{self.task.metrics[0]}"
+
+    # -- construction ----------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Backbone, head, then whatever the method attaches."""
+        self.backbone = build_backbone(self.backbone_config)
+        self.backbone_fingerprint = fingerprint(self.backbone)
+        width = cast(Any, self.backbone.config).hidden_size
+        self.head = self.kind.head(width, self.head_style, self.head_dropout)
+        self.attach()
+        stages = {stage: self.kind.metrics() for stage in ("val", "test")}
+        self.metrics = nn.ModuleDict(stages)
+        self.losses = nn.ModuleDict({stage: MeanMetric() for stage in stages})
+
+    def attach(self) -> None:
+        """Put the method's own layers into ``self.backbone``; nothing by default."""
+
+    def declared(self) -> Iterator[nn.Module]:
+        """The head; methods add theirs."""
+        yield self.head
+
+    def summary(self) -> dict[str, Any]:
+        """Method, task, and trained parameters by part."""
+        trained = {name: p.numel() for name, p in self.trainable_parameters().items()}
+        head = sum(count for name, count in trained.items() if name.startswith("head."))
+        return {
+            "method": type(self).__name__.removesuffix("Module"),
+            "task": self.task.name,
+            "trained_parameters": sum(trained.values()),
+            "head_parameters": head,
+            "backbone_parameters": sum(p.numel() for n, p in self.named_parameters() if n not in trained),
+            "kept_share": 1.0,
+        }
+
+    # -- steps -----------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Tokenizer outputs, each int64 ``[B, L]`` -> fp32 logits ``[B, C]``."""
+        hidden_BLH = self.backbone(**inputs).last_hidden_state
+        return cast(Tensor, self.head(hidden_BLH))
+
+    def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum of the losses of a batch's rows and sum of their weights, fp32 scalars."""
+        return self.kind.loss(self(batch["inputs"]), batch["labels"], self.class_weights)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a batch, normalised over all ranks."""
+        return self.normalised(*self.batch_loss(batch), batch_idx)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update loss and metrics under ``val/``."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update loss and metrics under ``test/``."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """One plain mapping per row of the batch, with its row number in the split."""
+        logits_BC = self(batch["inputs"])
+        rows, valid = batch["rows"].tolist(), batch["valid"].tolist()
+        decoded = self.kind.decode(logits_BC)
+        return [{"row": row, **answer} for row, answer, ok in zip(rows, decoded, valid, strict=True) if ok]
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        valid_B = batch["valid"]
+        logits_BC, labels_B = self(batch["inputs"])[valid_B], batch["labels"][valid_B]
+        metrics = cast(MetricCollection, self.metrics[stage])
+        mean_loss = cast(MeanMetric, self.losses[stage])
+        if labels_B.numel():
+            total, weight = self.kind.loss(logits_BC, labels_B, self.class_weights)
+            mean_loss.update(total / weight, weight)
+            metrics.update(self.kind.predictions(logits_BC), labels_B)
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": max(1, labels_B.numel())}
+        self.log(f"{stage}/loss", mean_loss, **options)
+        for name, metric in metrics.items(keep_base=True):
+            shown = stage == "val" and name == self.task.metrics[0]
+            self.log(f"{stage}/{name}", cast(Any, metric), prog_bar=shown, **options)
+
+    # -- use -------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def predict(self, texts: Sequence[Any], batch_size: int = 32) -> list[dict[str, Any]]:
+        """Answers for texts, without a Trainer.
+
+        Args:
+            texts: strings, or pairs of strings for a task over two texts, or rows as mappings.
+            batch_size: rows per forward pass.
+
+        Returns:
+            One mapping per text, in order: ``label`` and ``probabilities`` for classification, ``score`` else.
+
+        Raises:
+            UsageError: if a text does not have as many parts as the task.
+        """
+        if isinstance(texts, str):
+            raise UsageError("texts: give a list of texts, not one string")
+        self.configure_model()
+        tokenizer = load_tokenizer(self.tokenizer_name)
+        rows = [self._row(text, number) for number, text in enumerate(texts)]
+        was_training = self.training
+        self.eval()
+        answers: list[dict[str, Any]] = []
+        for start in range(0, len(rows), batch_size):
+            chunk = rows[start : start + batch_size]
+            columns = {name: [row[name] for row in chunk] for name in self.task.text}
+            encoded = self.kind.encode(columns, tokenizer, self.max_length, labelled=False)
+            inputs = tokenizer.pad(encoded, return_tensors="pt", padding=True).to(self.device)
+            answers += self.kind.decode(self(dict(inputs)))
+        self.train(was_training)
+        return answers
+
+    def _row(self, text: Any, number: int) -> Mapping[str, str]:
+        names = self.task.text
+        if isinstance(text, Mapping):
+            row = dict(text)
+        else:
+            parts = (text,) if isinstance(text, str) else tuple(text)
+            row = dict(zip(names, parts, strict=False)) if len(parts) == len(names) else {}
+        if any(not isinstance(row.get(name), str) for name in names):
+            raise UsageError(f"texts[{number}]: must be {len(names)} text(s): {', '.join(names)}")
+        return row

@@ -1,0 +1,1 @@
+"""Tasks: a table of rows over a few kinds."""

@@ -1,0 +1,66 @@
+"""One class out of a few for a text or a pair of texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_lightning.errors import DataError, UsageError
+from peft_lightning.tasks.kinds.base import Kind
+from peft_lightning.tasks.table import Task
+
+
+class Classify(Kind):
+    """Softmax over the classes of ``task.labels``.
+
+    A label is a class's number, its name, or a boolean where there are two classes.
+
+    Raises:
+        UsageError: the task names fewer than two classes.
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        if len(task.labels) < 2:
+            names = list(task.labels)
+            raise UsageError(f"task.labels is {names}; allowed for kind classify: two names or more")
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of classes."""
+        return len(self.task.labels)
+
+    def target(self, value: Any) -> int:
+        """Return the number of the class ``value``."""
+        if isinstance(value, str) and value in self.task.labels:
+            return self.task.labels.index(value)
+        is_number = isinstance(value, int) and (self.num_outputs == 2 or not isinstance(value, bool))
+        if is_number and 0 <= value < self.num_outputs:
+            return int(value)
+        numbers, names = f"0 to {self.num_outputs - 1}", ", ".join(self.task.labels)
+        raise DataError(f"the label is {value!r}; allowed: {numbers}, or one of {names}")
+
+    def loss(self, logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the summed cross-entropy and the summed weights of the labels' classes."""
+        logits = logits.float()
+        weights = logits.new_ones(self.num_outputs) if class_weights is None else class_weights.float()
+        return F.cross_entropy(logits, labels, weights, reduction="sum"), weights[labels].sum()
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Return the class with the largest logit, int64 [B]."""
+        return logits.argmax(-1)
+
+    def constant(self, labels: Tensor) -> Tensor:
+        """Return the most frequent class, the smallest if several are."""
+        return torch.bincount(labels, minlength=self.num_outputs).argmax()
+
+    def decode(self, logits: Tensor) -> list[dict[str, Any]]:
+        """Return ``{"label": name, "probabilities": {name: probability}}`` per row."""
+        answers = []
+        for row in logits.float().softmax(-1).tolist():
+            label = self.task.labels[row.index(max(row))]
+            answers.append({"label": label, "probabilities": dict(zip(self.task.labels, row, strict=True))})
+        return answers
