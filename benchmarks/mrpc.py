@@ -22,14 +22,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.mrpc_table import write_tables
-from benchmarks.shared import (
-    ROOT,
-    clean_environment,
-    data_folder,
-    file_digests,
-    real_backbone,
-    tiny_backbone,
-)
+from benchmarks.shared import ROOT, backbone, clean_environment, data_folder, file_digests
 from peft_lightning import FineTuneModule, OptimConfig, PruneConfig, SparseAdapterModule, TaskDataModule
 from peft_lightning.errors import PeftLightningError
 from peft_lightning.study.memory import peak_bytes, reset_peak
@@ -37,7 +30,7 @@ from peft_lightning.study.records import RunRecord, read_record, write_record
 
 __all__ = ["ARMS", "Arm", "main"]
 
-_CONSOLE = Console(highlight=False)
+_CONSOLE = Console(highlight=False, soft_wrap=True)
 _SEEDS = (0, 1, 2)
 
 
@@ -53,13 +46,12 @@ class Arm:
 
     def module(self, seed: int, tiny: bool) -> FineTuneModule | SparseAdapterModule:
         """Return the untrained module of a seed."""
-        backbone = (tiny_backbone if tiny else real_backbone)(self.dtype)
         task = "toy_pairs" if tiny else "mrpc"
-        optim = OptimConfig(lr=self.lr)
+        encoder, optim = backbone(tiny, self.dtype), OptimConfig(lr=self.lr)
         if self.sparsity is None:
-            return FineTuneModule(task=task, backbone=backbone, optim=optim, seed=seed)
+            return FineTuneModule(task=task, backbone=encoder, optim=optim, seed=seed)
         prune = PruneConfig(sparsity=self.sparsity, score="snip")
-        return SparseAdapterModule(task=task, backbone=backbone, prune=prune, optim=optim, seed=seed)
+        return SparseAdapterModule(task=task, backbone=encoder, prune=prune, optim=optim, seed=seed)
 
 
 ARMS = (

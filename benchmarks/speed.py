@@ -21,17 +21,24 @@ import lightning as L
 import torch
 from rich.console import Console
 
-from benchmarks.shared import ROOT, clean_environment, data_folder, real_backbone, tiny_backbone
+from benchmarks.shared import ROOT, backbone, clean_environment, data_folder
 from benchmarks.speed_table import speed_table
 from benchmarks.startup import startup_seconds
-from peft_lightning import FineTuneModule, OptimConfig, PruneConfig, SparseAdapterModule, TaskDataModule
+from peft_lightning import (
+    BackboneConfig,
+    FineTuneModule,
+    OptimConfig,
+    PruneConfig,
+    SparseAdapterModule,
+    TaskDataModule,
+)
 from peft_lightning.errors import PeftLightningError
 from peft_lightning.study.records import RunRecord, write_record
 from peft_lightning.study.tables import write_generated
 
 __all__ = ["main"]
 
-_CONSOLE = Console(highlight=False)
+_CONSOLE = Console(highlight=False, soft_wrap=True)
 _ROWS, _TOKENS, _WARM = 32, 64, 3
 
 Module = FineTuneModule | SparseAdapterModule
@@ -49,10 +56,10 @@ def _step(module: Module, optimizer: torch.optim.Optimizer, batch: Mapping[str, 
     optimizer.zero_grad()
 
 
-def _adapter(task: str, backbone: Any, sparsity: float) -> SparseAdapterModule:
+def _adapter(task: str, encoder: BackboneConfig, sparsity: float) -> SparseAdapterModule:
     """Return Houlsby adapters, dense or masked by magnitude (the score does not change a step's cost)."""
     prune = PruneConfig(sparsity=sparsity, score="magnitude")
-    module = SparseAdapterModule(task=task, backbone=backbone, prune=prune)
+    module = SparseAdapterModule(task=task, backbone=encoder, prune=prune)
     module.configure_model()
     if sparsity:
         module.install_masks(())
@@ -61,19 +68,19 @@ def _adapter(task: str, backbone: Any, sparsity: float) -> SparseAdapterModule:
 
 def _modules(tiny: bool) -> dict[str, Module]:
     """Return every arm, built; a peer is left out where its package is absent."""
-    task, backbone = ("toy_pairs", tiny_backbone) if tiny else ("mrpc", real_backbone)
-    full = FineTuneModule(task=task, backbone=backbone())
+    task, encoder = "toy_pairs" if tiny else "mrpc", backbone(tiny)
+    full = FineTuneModule(task=task, backbone=encoder)
     full.configure_model()
     arms: dict[str, Module] = {
         "full": full,
-        "houlsby": _adapter(task, backbone(), 0.0),
-        "masks": _adapter(task, backbone(), 0.4),
-        "bf16": _adapter(task, backbone("bfloat16"), 0.0),
+        "houlsby": _adapter(task, encoder, 0.0),
+        "masks": _adapter(task, encoder, 0.4),
+        "bf16": _adapter(task, backbone(tiny, "bfloat16"), 0.0),
     }
     if importlib.util.find_spec("peft"):
         from peft import LoraConfig, get_peft_model
 
-        peer = FineTuneModule(task=task, backbone=backbone())
+        peer = FineTuneModule(task=task, backbone=encoder)
         peer.configure_model()
         config = LoraConfig(r=8, target_modules=["query", "value"])
         # PEFT freezes the encoder as it wraps it; the head trains, as it does in every arm.
@@ -85,8 +92,8 @@ def _modules(tiny: bool) -> dict[str, Module]:
 def _time_steps(modules: Mapping[str, Module], steps: int) -> dict[str, list[float]]:
     """Return the seconds of ``steps`` steps of each arm, taken in turn after a few that are not counted."""
     random = torch.Generator().manual_seed(0)
-    encoder: Any = modules["full"].backbone
-    ids = torch.randint(5, encoder.config.vocab_size, (_ROWS, _TOKENS), generator=random)
+    full: Any = modules["full"].backbone
+    ids = torch.randint(5, full.config.vocab_size, (_ROWS, _TOKENS), generator=random)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -120,16 +127,15 @@ class _Clock(L.Callback):
 
 def _time_loops(tiny: bool, steps: int, rounds: int) -> dict[str, list[float]]:
     """Return seconds a step, with loading, of a bare loop and of Lightning's fit over the same batches."""
-    task, backbone = ("toy_pairs", tiny_backbone()) if tiny else ("mrpc", real_backbone())
+    task, encoder = "toy_pairs" if tiny else "mrpc", backbone(tiny)
     root = None if tiny else str(data_folder())
 
     def data() -> TaskDataModule:
-        return TaskDataModule(
-            task=task, tokenizer=backbone.tokenizer_name, root=root, batch_size=_ROWS, seed=0
-        )
+        name = encoder.tokenizer_name
+        return TaskDataModule(task=task, tokenizer=name, root=root, batch_size=_ROWS, seed=0)
 
     def bare() -> float:
-        module, source = _adapter(task, backbone, 0.0), data()
+        module, source = _adapter(task, encoder, 0.0), data()
         source.prepare_data()
         source.setup("fit")
         optimizer = _optimizer(module)
@@ -140,7 +146,7 @@ def _time_loops(tiny: bool, steps: int, rounds: int) -> dict[str, list[float]]:
 
     def fit() -> float:
         module = SparseAdapterModule(
-            task=task, backbone=backbone, prune=PruneConfig(sparsity=0.0), optim=OptimConfig(lr=1e-5)
+            task=task, backbone=encoder, prune=PruneConfig(sparsity=0.0), optim=OptimConfig(lr=1e-5)
         )
         clock = _Clock()
         trainer = L.Trainer(
@@ -174,7 +180,7 @@ def _measure(tiny: bool, threads: int, environment: dict[str, Any]) -> RunRecord
     series = _time_steps(modules, steps)
     del modules
     series |= _time_loops(tiny, steps, rounds)
-    series["startup"] = [] if tiny else startup_seconds(real_backbone(), data_folder())
+    series["startup"] = [] if tiny else startup_seconds(backbone(tiny), data_folder())
     return RunRecord(
         name="speed",
         status="finished",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def load(path: str | Path, *, backbone: Any = None) -> Any:
     content = read_file(path)
     manifest = content[MANIFEST_KEY]
     values = dict(manifest["hyper_parameters"])
+    _refuse_new_code(values.get("task"), path)
     if backbone is not None:
         values["backbone"] = backbone
     try:
@@ -51,6 +53,14 @@ def load(path: str | Path, *, backbone: Any = None) -> Any:
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"], strict=False)
     return module.eval()
+
+
+def _refuse_new_code(task: Any, path: Any) -> None:
+    """A task's kind may be a class outside this package; a file must not decide what gets imported."""
+    kind = task.get("kind", "") if isinstance(task, dict) else ""
+    module = str(kind).rpartition(".")[0]
+    if module and module not in sys.modules:
+        raise CheckpointError(f"{path}: its task is of kind {kind!r}; import {module} first if you trust it")
 
 
 def _subclasses(kind: type[Any]) -> Iterator[type[Any]]:

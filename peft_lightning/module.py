@@ -179,6 +179,14 @@ class MethodModule(L.LightningModule, ABC):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Give the loader its position back.
+
+        Lightning restores it while it makes the loader, but the optimiser needs to know the number of steps, so the
+        loader is made before the loops are restored.
+        """
+        self.trainer.fit_loop._load_combined_loader_states()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make dropout a function of (seed, epoch, batch, rank), so that a resumed run repeats it."""
         torch.manual_seed(step_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
@@ -195,29 +203,34 @@ class MethodModule(L.LightningModule, ABC):
         if self.trainer.world_size > 1:
             weight = self.all_gather(weight.detach()).sum() / self.trainer.world_size
         loss = total / weight.clamp_min(torch.finfo(torch.float32).tiny)
-        self._losses.append(loss.detach())
         group, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
-        if group > 1 and batches != float("inf"):
-            size = min(group, int(batches) - batch_idx // group * group)
-            loss = loss * (group / size)
-        return loss
+        place, size = batch_idx % group, group
+        if batches != float("inf"):
+            size = min(group, int(batches) - batch_idx + place)
+        self._log_step(loss.detach(), last=place == size - 1)
+        return loss * (group / size)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the loss of each optimizer step, averaged over its micro-batches and over ranks."""
-        group, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
-        if (batch_idx + 1) % group and batch_idx + 1 != batches:
+    def _log_step(self, loss: Tensor, last: bool) -> None:
+        """Log the loss of an optimizer step, the mean over its micro-batches and over ranks.
+
+        It is written here and not by ``self.log``, so that it is in the log before a checkpoint of the same step.
+        """
+        self._losses.append(loss)
+        if not last:
             return
         losses, self._losses = self._losses, []
-        if losses and self.trainer.global_step % self.trainer.log_every_n_steps == 0:
-            loss = torch.stack(losses).mean()
-            if self.trainer.world_size > 1:
-                loss = self.all_gather(loss).mean()
-            if not torch.isfinite(loss):
-                raise PeftLightningError(
-                    f"the training loss is {loss.item()} at step {self.trainer.global_step}; "
-                    "lower optim.lr, raise optim.warmup or clip gradients (trainer.gradient_clip_val)"
-                )
-            self.log("train/loss", loss, prog_bar=True)
+        step = self.trainer.global_step + 1
+        if step % self.trainer.log_every_n_steps:
+            return
+        mean = float(self.trainer.strategy.reduce(torch.stack(losses).mean(), reduce_op="mean"))
+        if not np.isfinite(mean):
+            raise PeftLightningError(
+                f"the training loss is {mean} at step {step}; lower optim.lr, raise optim.warmup "
+                "or clip gradients (trainer.gradient_clip_val)"
+            )
+        self.log("train/loss", mean, prog_bar=True, logger=False)
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"train/loss": mean, "lr": self.trainer.optimizers[0].param_groups[0]["lr"]}, step)
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 
@@ -236,6 +249,17 @@ class MethodModule(L.LightningModule, ABC):
         """Keep only what the method owns, and add the manifest."""
         checkpoint["state_dict"] = {name: t.detach().clone() for name, t in self.owned_state().items()}
         checkpoint[MANIFEST_KEY] = self.manifest()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load all that the method owns; the frozen backbone may be among the tensors but need not.
+
+        Raises:
+            CheckpointError: lists what is missing, unexpected or of another shape, whatever ``strict`` says.
+        """
+        frozen = self.state_dict().keys() - self.owned_state().keys()
+        check_tensors({n: t for n, t in state_dict.items() if n not in frozen}, self.owned_state(), "state_dict")
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what does not fit before any tensor is touched.

@@ -144,6 +144,10 @@ class TaskModule(MethodModule):
         """Update loss and metrics under ``val/``."""
         self._evaluate(batch, "val")
 
+    def on_validation_epoch_end(self) -> None:
+        """Log validation under the number of optimizer steps done, as training is."""
+        self.log("step", float(self.trainer.global_step))
+
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Update loss and metrics under ``test/``."""
         self._evaluate(batch, "test")

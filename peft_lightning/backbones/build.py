@@ -122,7 +122,9 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
         what = f"backbone.name = {config.name!r}" if config.name else f"backbone.config = {config.config}"
         raise UsageError(f"{what}: cannot be built ({_first_line(error)})") from error
     if config.gradient_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        # renamed in transformers 5.23
+        enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if config.compile:
         backbone.compile()
     return backbone.train()

@@ -115,8 +115,10 @@ class Report(L.Callback):
 
 def _table(report: dict[str, Any], metrics: tuple[str, ...]) -> Table:
     table = Table(show_header=False, title=f"{report['method']} on {report['task']}")
-    trained = f"{report['trained_parameters']:,} (of them {report['head_parameters']:,} in the head)"
-    table.add_row("trained parameters", f"{trained} beside {report['backbone_parameters']:,} of the backbone")
+    table.add_row(
+        "trained parameters", f"{report['trained_parameters']:,}, of them {report['head_parameters']:,} in the head"
+    )
+    table.add_row("frozen parameters", f"{report['backbone_parameters']:,}")
     if report["kept_share"] < 1:
         table.add_row(
             "kept share", f"{report['kept_share']:.4f} ({report['kept_weights']:,} of {report['prunable_weights']:,})"

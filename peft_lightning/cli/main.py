@@ -57,11 +57,25 @@ def _explain(error: Exception) -> tuple[str, int]:
         if isinstance(seen, PeftLightningError):
             return str(seen), seen.exit_code
         seen = seen.__cause__ or seen.__context__
-    if isinstance(error, ArgumentError):
-        return str(error), 2
+    text = str(error)
+    if isinstance(error, ArgumentError) or "Does not validate" in text:
+        return _parse_problem(text), 2
     if isinstance(error, OSError):
-        return str(error), 1
-    return f"{type(error).__name__}: {error} (run again with --debug for the traceback)", 1
+        return text, 1
+    return f"{type(error).__name__}: {text} (run again with --debug for the traceback)", 1
+
+
+def _parse_problem(text: str) -> str:
+    """The parser explains every type that it tried, over many lines; keep the lines that say what is wrong."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
+    lines = [line.strip() for line in text.splitlines() if not line.strip().startswith(noise)]
+    telling = [line for line in lines if not line.startswith("- Expected a <class")] or lines
+    message = " ".join(line.removeprefix("- ").replace("Parser key ", "option ") for line in telling)
+    if "dot import path" in message or "correspond to a subclass" in message:
+        import peft_lightning.methods as methods
+
+        message += f"; methods are: {', '.join(methods.__all__)}"
+    return message
 
 
 def _fail(message: str, code: int) -> None:
@@ -86,8 +100,15 @@ def _quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+    import lightning.pytorch  # noqa: F401  importing it sets the levels that are set again here
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*in eval mode.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+        ".*module.s. in eval mode.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        r".*isinstance\(treespec, LeafSpec\).*",
+    ):
         warnings.filterwarnings("ignore", message=message)
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class TrainerCLI(LightningCLI):
 
     def _effective(self) -> dict[str, Any]:
         parser = self._parser(self.subcommand)
-        config: dict[str, Any] = yaml.safe_load(parser.dump(self.options, skip_none=False, skip_validation=True))
+        config: dict[str, Any] = yaml.safe_load(parser.dump(self.options, skip_unset=False, skip_validation=True))
         return config
 
     def _refuse_other_configuration(self, folder: Path) -> None:
@@ -186,6 +187,7 @@ def run(words: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         words = _with_recorded_settings(words, Path(folder))
         parser_options = {"exit_on_error": False}
+        sys.argv[1:] = words  # what further local processes (DDP) are started with
         TrainerCLI(
             MethodModule,
             L.LightningDataModule,
@@ -195,8 +197,8 @@ def run(words: list[str]) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=42,
+            trainer_defaults={"num_sanity_val_steps": 0},
             parser_kwargs={**parser_options, **{name: parser_options for name in TrainerCLI.subcommands()}},
-            args=words,
         )
 
 

@@ -196,6 +196,7 @@ class SparseAdapterModule(TaskModule):
 
     def on_train_start(self) -> None:
         """Score and prune, unless a checkpoint brought the masks."""
+        super().on_train_start()
         if self.prune.sparsity == 0 or self.pruned:
             return
         self.install_masks(self._scoring_batches() if self.prune.score == "snip" else ())
@@ -227,10 +228,7 @@ class SparseAdapterModule(TaskModule):
 
     def _scoring_batches(self) -> Iterator[Mapping[str, Any]]:
         """The first batches of a fresh pass over the training data, on the module's device."""
-        source = self.trainer.datamodule or self
-        loader = source.train_dataloader()
-        if self.trainer.datamodule is None:
-            loader = self.trainer.fit_loop._data_source.instance
+        loader = self.trainer.fit_loop._data_source.dataloader()
         for batch in islice(loader, self.prune.score_batches):
             yield self.trainer.strategy.batch_to_device(batch, self.device)
 

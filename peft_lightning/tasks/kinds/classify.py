@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Classify(Kind):
         """Return the number of the class ``value``."""
         if isinstance(value, str) and value in self.task.labels:
             return self.task.labels.index(value)
-        is_number = isinstance(value, int) and (self.num_outputs == 2 or not isinstance(value, bool))
+        is_number = isinstance(value, Integral) and (self.num_outputs == 2 or not isinstance(value, bool))
         if is_number and 0 <= value < self.num_outputs:
             return int(value)
         numbers, names = f"0 to {self.num_outputs - 1}", ", ".join(self.task.labels)
@@ -45,8 +46,8 @@ class Classify(Kind):
 
     def loss(self, logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy and the summed weights of the labels' classes."""
-        logits = logits.float()
-        weights = logits.new_ones(self.num_outputs) if class_weights is None else class_weights.float()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        weights = logits.new_ones(self.num_outputs) if class_weights is None else class_weights.to(logits.dtype)
         return F.cross_entropy(logits, labels, weights, reduction="sum"), weights[labels].sum()
 
     def predictions(self, logits: Tensor) -> Tensor:

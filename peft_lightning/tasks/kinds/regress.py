@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +32,7 @@ class Regress(Kind):
 
     def target(self, value: Any) -> float:
         """Return the finite number ``value``."""
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if type(value) is not bool and isinstance(value, Real) and math.isfinite(value):
             return float(value)
         raise DataError(f"the label is {value!r}; allowed: a finite number")
 

@@ -1,0 +1,153 @@
+"""Encoded splits on disk, found by their content.
+
+A split is tokenised once. The file's name is a digest of everything that changes the result, so no file is
+ever out of date. The file is one Arrow IPC record batch. It is written under a temporary name in the same
+folder, synced and renamed, so a reader sees either nothing or all of it. It is mapped into memory, so the
+processes of a machine share one copy. A damaged file is built again.
+
+Notation: a ragged column holds a list of whole numbers per row, a scalar column one number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peft_lightning.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_FORMAT = 1
+_log = logging.getLogger(__name__)
+
+
+class Encoded:
+    """The columns of an encoded split as numpy arrays.
+
+    Args:
+        scalars: [N] per scalar column.
+        ragged: per ragged column the values of all rows end to end, and their N + 1 offsets.
+    """
+
+    def __init__(
+        self, scalars: Mapping[str, np.ndarray], ragged: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    ) -> None:
+        self.scalars, self.ragged = dict(scalars), dict(ragged)
+
+    def __len__(self) -> int:
+        return len(self.lengths())
+
+    def lengths(self) -> np.ndarray:
+        """Return the number of tokens of each row, int64 [N]."""
+        return np.diff(self.ragged["input_ids"][1])
+
+    def gather(
+        self, rows: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], dict[str, tuple[np.ndarray, np.ndarray]]]:
+        """Return the scalar columns [B] of ``rows`` [B], and per ragged column its values and lengths [B]."""
+        scalars = {name: values[rows] for name, values in self.scalars.items()}
+        ragged = {}
+        for name, (values, offsets) in self.ragged.items():
+            starts = offsets[rows]
+            lengths = offsets[rows + 1] - starts
+            ends = np.cumsum(lengths)
+            positions = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
+            ragged[name] = values[positions], lengths
+        return scalars, ragged
+
+
+def cache_folder(folder: str | None) -> Path:
+    """Return ``folder``, or the default one: ``$PEFT_LIGHTNING_CACHE``, or a folder in the user's cache."""
+    return Path(folder or os.environ.get("PEFT_LIGHTNING_CACHE") or "~/.cache/peft_lightning").expanduser()
+
+
+def cache_key(parts: Mapping[str, Any]) -> str:
+    """Return a digest of ``parts``, of plain values, that is the same in every process.
+
+    >>> cache_key({"a": 1, "b": 2}) == cache_key({"b": 2, "a": 1})
+    True
+    """
+    text = json.dumps({"format": _FORMAT, **parts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cached(folder: Path, key: str, build: Callable[[], pa.RecordBatch]) -> Encoded:
+    """Return what ``build`` makes, from the file of ``key`` where that is whole.
+
+    Args:
+        folder: created if missing.
+        key: from :func:`cache_key`.
+        build: returns the columns: ``large_list`` of integers where ragged, else numbers; without nulls.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    import pyarrow as pa
+
+    path = folder / f"{key}.arrow"
+    if path.exists():
+        try:
+            return _read(path, key)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            _log.warning("the cached split %s is damaged and is built again: %s", path, error)
+    batch = build()
+    try:
+        _write(path, key, batch)
+        return _read(path, key)
+    except OSError as error:
+        raise DataError(f"cache_dir {str(folder)!r} cannot be written: {error}") from error
+
+
+def _views(batch: pa.RecordBatch) -> Encoded:
+    import pyarrow as pa
+
+    scalars, ragged = {}, {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pa.types.is_large_list(column.type):
+            ragged[name] = column.values.to_numpy(), column.offsets.to_numpy()
+        else:
+            scalars[name] = column.to_numpy()
+    return Encoded(scalars, ragged)
+
+
+def _checksum(data: Encoded) -> bytes:
+    value = 0
+    for array in (*data.scalars.values(), *(array for pair in data.ragged.values() for array in pair)):
+        value = zlib.crc32(array.data, value)
+    return str(value).encode()
+
+
+def _write(path: Path, key: str, batch: pa.RecordBatch) -> None:
+    import pyarrow as pa
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    schema = batch.schema.with_metadata({"key": key, "checksum": _checksum(_views(batch))})
+    try:
+        with temporary.open("wb") as file:
+            with pa.ipc.new_file(file, schema) as writer:
+                writer.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path, key: str) -> Encoded:
+    import pyarrow as pa
+
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    metadata, data = reader.schema.metadata or {}, _views(reader.get_batch(0))
+    if metadata.get(b"key") != key.encode() or metadata.get(b"checksum") != _checksum(data):
+        raise ValueError("its checksum differs")
+    return data

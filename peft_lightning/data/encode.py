@@ -1,0 +1,98 @@
+"""From the raw rows of a split to its encoded columns, through the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_lightning import __version__
+from peft_lightning.data.cache import Encoded, cache_key, cached
+from peft_lightning.data.source import Source
+from peft_lightning.errors import DataError
+from peft_lightning.tasks.kinds.base import Kind
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+# Enough rows for a fast tokenizer to use all cores, few enough to hold as Python lists.
+_SLICE = 1000
+
+
+def encode_split(
+    source: Source,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    labelled: bool,
+    folder: Path,
+) -> Encoded:
+    """Return the encoded rows of ``source``, from ``folder`` where they were encoded before.
+
+    Raises:
+        DataError: a row or a column cannot be used, or the cache cannot be written.
+    """
+    parts = {
+        "package": __version__,
+        "source": source.digest,
+        "task": asdict(kind.task),
+        "kind": _code(kind),
+        "tokenizer": _content(tokenizer),
+        "max_length": max_length,
+        "labelled": labelled,
+    }
+    return cached(folder, cache_key(parts), lambda: _encode(source, kind, tokenizer, max_length, labelled))
+
+
+def _encode(
+    source: Source, kind: Kind, tokenizer: PreTrainedTokenizerBase, max_length: int, labelled: bool
+) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    parts: dict[str, list[pa.Array]] = {}
+    first_row = 0
+    for rows in source.slices(kind.columns(labelled), _SLICE):
+        try:
+            columns = kind.encode(rows, tokenizer, max_length, labelled, first_row)
+        except DataError as error:
+            raise DataError(f"{source.name}: {error}") from error
+        for number, tokens in enumerate(columns["input_ids"], first_row):
+            if not tokens:
+                raise DataError(f"{source.name}: row {number} has no tokens; allowed: at least one")
+        for name, values in columns.items():
+            parts.setdefault(name, []).append(pa.array(values, _arrow_type(values[0])))
+        first_row += len(columns["input_ids"])
+    return pa.RecordBatch.from_pydict({name: pa.concat_arrays(arrays) for name, arrays in parts.items()})
+
+
+def _arrow_type(value: Any) -> pa.DataType:
+    import pyarrow as pa
+
+    if isinstance(value, list):
+        return pa.large_list(pa.int32())
+    return pa.float32() if isinstance(value, float) else pa.int64()
+
+
+def _code(kind: Kind) -> list[str]:
+    """The source text of the kind's classes, or their names where there is none to read, as in a console."""
+    classes = [cls for cls in type(kind).__mro__ if issubclass(cls, Kind)]
+    try:
+        return [inspect.getsource(cls) for cls in classes]
+    except (OSError, TypeError):
+        return [f"{cls.__module__}.{cls.__qualname__}" for cls in classes]
+
+
+def _content(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of what a tokenizer does to a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    # A call leaves its own truncation and padding behind in the backend.
+    content.update(truncation=None, padding=None)
+    content["special"] = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
+    content["special"].append({name: str(token) for name, token in tokenizer.special_tokens_map.items()})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

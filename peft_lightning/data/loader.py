@@ -1,0 +1,233 @@
+"""The one sampler and the one loader: stateful, sharded over ranks, grouping rows of similar length.
+
+The sampler plans an epoch as a pure function of (seed, epoch, rank), so a run goes on from any batch by
+planning again and leaving out the first ones. The loader counts the batches that its consumer took, which
+with workers is less than what they prepared.
+
+Shapes: B rows of a batch, L tokens of its longest row, G = batch size x ranks the rows of a global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peft_lightning.data.cache import Encoded
+from peft_lightning.errors import DataError, UsageError
+
+# Rows are sorted by length within this many global batches: enough to leave little padding, few enough to
+# leave the order of training random.
+_CHUNK = 50
+
+
+class Batch(NamedTuple):
+    """Row numbers, int64 [B], and whether they count; a batch that does not is one row of padding."""
+
+    rows: np.ndarray
+    valid: bool = True
+
+
+class LengthGroupedSampler:
+    """Deal the rows of a split out to ranks, in batches of similar length.
+
+    In training, each epoch has its own random order. Rank r takes every ``world_size``-th row of a global
+    batch, so one process with batch 2B sees the same global batches as two with B. The rows that do not
+    fill a global batch come last and are dealt out likewise; if they are fewer than the ranks, this
+    epoch leaves them out.
+
+    In evaluation, the longest rows come first, and no row is repeated or lost. All ranks have equally
+    many batches: a rank that has no row left gets one row of padding.
+
+    Args:
+        lengths: number of tokens per row, [N].
+        batch_size: rows per batch of one rank.
+        shuffle: whether to train on the rows, or to evaluate.
+        seed: seeds the orders.
+        world_size: number of ranks.
+        rank: which of them this is.
+
+    Raises:
+        UsageError: ``batch_size`` is below 1.
+        DataError: training has fewer rows than ranks, or evaluation has none.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        world_size: int = 1,
+        rank: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}; allowed: at least 1")
+        if len(lengths) < (world_size if shuffle else 1):
+            raise DataError(
+                f"the split has {len(lengths)} rows for {world_size} ranks; allowed: one for each"
+            )
+        self.lengths = np.asarray(lengths)
+        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+        self.world_size, self.rank = world_size, rank
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rows of a global batch, G."""
+        return self.batch_size * self.world_size
+
+    def __len__(self) -> int:
+        """Number of batches of a rank in an epoch."""
+        full, rest = divmod(len(self.lengths), self.global_batch_size)
+        return full + (rest >= (self.world_size if self.shuffle else 1))
+
+    def plan(self, epoch: int) -> list[Batch]:
+        """Return this rank's batches of ``epoch``, in order."""
+        rows = self._training_order(epoch) if self.shuffle else np.argsort(-self.lengths, kind="stable")
+        size = self.global_batch_size
+        shares = [rows[start : start + size] for start in range(0, len(self) * size, size)]
+        return [
+            Batch(share[self.rank :: self.world_size])
+            if self.rank < len(share)
+            else Batch(share[:1], valid=False)
+            for share in shares
+        ]
+
+    def _training_order(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, epoch])
+        rows = rng.permutation(len(self.lengths))
+        size = self.global_batch_size
+        # The rest is set aside before sorting; after it, the same shortest rows would be left out every time.
+        full, rest = np.split(rows, [len(rows) // size * size])
+        chunks = [full[start : start + _CHUNK * size] for start in range(0, len(full), _CHUNK * size)]
+        by_length = [chunk[np.argsort(-self.lengths[chunk], kind="stable")] for chunk in chunks]
+        batches = np.concatenate([np.empty(0, np.int64), *by_length]).reshape(-1, size)
+        return np.concatenate([rng.permutation(batches).ravel(), rest])
+
+
+class Loader:
+    """Iterate over the batches of the current epoch; can be stopped and continued between any two.
+
+    A batch is ``{"inputs": {"input_ids", "attention_mask", ...}, "labels", "rows", "valid"}``: int64 [B, L]
+    for the inputs, and [B] for the labels (missing where the split has none), the row numbers and whether a
+    row counts.
+
+    Args:
+        data: the encoded split.
+        sampler: plans the epochs.
+        pad_token_id: fills ``input_ids`` up to the longest row of the batch.
+        epoch: returns the number of the current epoch; called when the first batch is asked for.
+        workers: processes that prepare batches.
+        pad_multiple: L is rounded up to a multiple of it.
+    """
+
+    def __init__(
+        self,
+        data: Encoded,
+        sampler: LengthGroupedSampler,
+        pad_token_id: int,
+        epoch: Callable[[], int] = lambda: 0,
+        workers: int = 0,
+        pad_multiple: int = 1,
+    ) -> None:
+        self._sampler = sampler
+        self._collate = _Collate(data, pad_token_id, pad_multiple)
+        self._current_epoch, self._workers = epoch, workers
+        self._epoch, self._position = 0, 0
+        self._continued = False
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # A generator's body runs at the first next(): Lightning calls iter() more often than it reads.
+        epoch = self._current_epoch()
+        start = self._position if self._continued and epoch == self._epoch else 0
+        self._epoch, self._position, self._continued = epoch, start, False
+        for batch in self._batches(self._sampler.plan(epoch)[start:]):
+            self._position += 1
+            yield batch
+
+    def _batches(self, plan: list[Batch]) -> Iterator[dict[str, Any]]:
+        pin = torch.cuda.is_available()
+        if self._workers:
+            yield from torch.utils.data.DataLoader(
+                _Planned(plan, self._collate),
+                batch_size=None,
+                num_workers=self._workers,
+                pin_memory=pin,
+                # Without its own generator, each epoch would draw from the global one and change training.
+                generator=torch.Generator(),
+            )
+        else:
+            for batch in plan:
+                yield _pin(self._collate(batch)) if pin else self._collate(batch)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and the number of its batches that were taken."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "global_batch_size": self._sampler.global_batch_size,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where ``state`` was taken, if the next epoch to be read is the same.
+
+        Raises:
+            UsageError: a position within the epoch was counted in batches of another size.
+        """
+        size = self._sampler.global_batch_size
+        if state["position"] and state["global_batch_size"] != size:
+            saved = state["global_batch_size"]
+            raise UsageError(f"batch_size times ranks is {size}; allowed to go on within an epoch: {saved}")
+        self._epoch, self._position, self._continued = state["epoch"], state["position"], True
+
+
+class _Collate:
+    """Turn a batch of row numbers into padded tensors."""
+
+    def __init__(self, data: Encoded, pad_token_id: int, pad_multiple: int) -> None:
+        self.data, self.pad_multiple = data, pad_multiple
+        # -100 is what PyTorch's losses leave out.
+        self.padding = {"input_ids": pad_token_id, "labels": -100}
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        scalars, ragged = self.data.gather(batch.rows)
+        columns = {name: torch.from_numpy(values) for name, values in scalars.items()}
+        for name, (values, lengths) in ragged.items():
+            width = -(-int(lengths.max()) // self.pad_multiple) * self.pad_multiple
+            filled = np.arange(width) < lengths[:, None]
+            padded = np.full(filled.shape, self.padding.get(name, 0), np.int64)
+            padded[filled] = values
+            columns[name] = torch.from_numpy(padded)
+            if name == "input_ids":
+                columns["attention_mask"] = torch.from_numpy(filled.astype(np.int64))
+        result: dict[str, Any] = {"labels": columns.pop("labels")} if "labels" in columns else {}
+        result["inputs"] = columns
+        result["rows"] = torch.from_numpy(batch.rows)
+        result["valid"] = torch.full((len(batch.rows),), batch.valid)
+        return result
+
+
+class _Planned(torch.utils.data.Dataset[dict[str, Any]]):
+    """The batches of a plan, as what PyTorch's workers read."""
+
+    def __init__(self, plan: list[Batch], collate: _Collate) -> None:
+        self.plan, self.collate = plan, collate
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.collate(self.plan[number])
+
+
+def _pin(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.pin_memory()
+    return {name: _pin(value) for name, value in batch.items()}

@@ -1,0 +1,199 @@
+"""Where the rows of a split come from: Python, a folder of files, the toy language or the hub.
+
+Row numbers in messages count from 0, as everywhere in this package.
+
+A folder holds one file per split: Parquet, CSV (quoted as usual, a header line), TSV (a header line, no
+quoting, as GLUE publishes it), JSON Lines, or JSON (an array of objects, or JSON Lines).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_lightning.data.toy import toy_rows
+from peft_lightning.errors import DataError, UsageError
+from peft_lightning.tasks.table import Task
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The raw rows of one split.
+
+    Args:
+        name: what messages call it: a path, or the place in Python.
+        digest: changes when the rows do.
+        read: returns all rows.
+    """
+
+    name: str
+    digest: str
+    read: Callable[[], pa.Table | list[Mapping[str, Any]]]
+
+    def slices(self, columns: tuple[str, ...], size: int) -> Iterator[dict[str, list[Any]]]:
+        """Yield ``columns`` for ``size`` rows at a time.
+
+        Raises:
+            DataError: the rows cannot be read, there are none, or a column is missing.
+        """
+        import pyarrow as pa
+
+        try:
+            rows = self.read()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{self.name}: cannot be read: {error}") from error
+        if not len(rows):
+            raise DataError(f"{self.name}: has no rows; allowed: at least one")
+        there = list(rows[0]) if isinstance(rows, list) else rows.column_names
+        if missing := [column for column in columns if column not in there]:
+            raise DataError(f"{self.name}: has no column {missing[0]!r}; there are: {', '.join(there)}")
+        for start in range(0, len(rows), size):
+            if isinstance(rows, list):
+                part = rows[start : start + size]
+                yield {column: [row.get(column) for row in part] for column in columns}
+            else:
+                yield rows.select(columns).slice(start, size).to_pydict()
+
+
+def open_source(task: Task, stage: str, rows: Mapping[str, Any] | None, root: str | None) -> Source:
+    """Return the rows that ``task`` reads in ``stage``: from ``rows``, ``root``, the toy language or the hub.
+
+    Args:
+        task: says which split a stage reads.
+        stage: train, validation, test or predict.
+        rows: a list of dicts or a ``datasets.Dataset`` per split; a key that names the stage comes first.
+        root: a folder that holds the task's folder, or the files themselves.
+
+    Raises:
+        UsageError: ``root`` or the task's folder is missing, or nothing says where the rows are.
+        DataError: the split is missing, ambiguous or unreachable.
+    """
+    split = task.splits[stage]
+    if rows is not None:
+        key = stage if stage in rows else split
+        if key not in rows:
+            raise DataError(f"rows has no split {split!r} (stage {stage}); there are: {', '.join(rows)}")
+        return _from_python(f"rows[{key!r}]", rows[key])
+    if root is not None:
+        return _from_file(_find_file(Path(root).expanduser(), task, split, stage))
+    if task.name.startswith("toy_"):
+        return _from_python(f"{task.name}/{split}", toy_rows(task.name, split))
+    if task.hub:
+        return _from_hub(task, split)
+    raise UsageError(f"root is null; allowed for task {task.name!r}: a folder, since it has no hub path")
+
+
+def _from_python(name: str, rows: Any) -> Source:
+    if hasattr(rows, "with_format"):
+        # Reading through the format keeps to the rows that a selected or shuffled Dataset shows.
+        return _from_table(name, rows.with_format("arrow")[:])
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise UsageError(
+            f"{name} is a {type(rows).__name__}; allowed: a list of dicts, or a datasets.Dataset"
+        )
+    text = json.dumps([dict(row) for row in rows], sort_keys=True, default=repr)
+    return Source(name=name, digest=hashlib.sha256(text.encode()).hexdigest(), read=lambda: rows)
+
+
+def _from_table(name: str, table: pa.Table) -> Source:
+    import pyarrow as pa
+
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return Source(name=name, digest=hashlib.sha256(stream.getvalue()).hexdigest(), read=lambda: table)
+
+
+def _from_hub(task: Task, split: str) -> Source:
+    name = f"hub data set {'/'.join(task.hub)}, split {split}"
+    import datasets
+
+    try:
+        data = datasets.load_dataset(*task.hub, split=split)
+    # Whatever goes wrong in there (network, missing split, a changed repository), the way out is the same.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{name}: cannot be loaded: {reason}; allowed without it: root, a folder of files"
+        ) from error
+    return _from_python(name, data)
+
+
+def _find_file(root: Path, task: Task, split: str, stage: str) -> Path:
+    if not root.is_dir():
+        raise UsageError(f"root is {str(root)!r}; allowed: a folder that exists")
+    files = {folder: _splits(folder) for folder in (root / task.folder, root)}
+    folder, splits = next(((folder, splits) for folder, splits in files.items() if splits), (root, {}))
+    if not splits:
+        folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+        raise UsageError(
+            f"root {str(root)!r} has neither a folder {task.folder!r} nor files of its own"
+            f" ({', '.join(_READERS)}); folders there: {', '.join(folders) or 'none'}"
+        )
+    paths = splits.get(split, [])
+    if len(paths) > 1:
+        names = ", ".join(path.name for path in paths)
+        raise DataError(f"{folder}: has several files of split {split!r}: {names}; allowed: one")
+    if not paths:
+        raise DataError(
+            f"{folder}: has no split {split!r} (stage {stage}); there are: {', '.join(sorted(splits))}"
+        )
+    return paths[0]
+
+
+def _splits(folder: Path) -> dict[str, list[Path]]:
+    splits: dict[str, list[Path]] = {}
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if path.suffix in _READERS and path.is_file():
+                splits.setdefault(path.stem, []).append(path)
+    return splits
+
+
+def _from_file(path: Path) -> Source:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Source(name=str(path), digest=f"{path.suffix} {digest}", read=lambda: _READERS[path.suffix](path))
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    from pyarrow import parquet
+
+    return parquet.read_table(path)
+
+
+def _read_separated(path: Path) -> pa.Table:
+    from pyarrow import csv
+
+    tabs = path.suffix == ".tsv"
+    options = csv.ParseOptions(
+        delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
+    )
+    return csv.read_csv(path, parse_options=options)
+
+
+def _read_json(path: Path) -> pa.Table | list[Mapping[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        rows = json.loads(text)
+    else:
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("not every row is an object")
+    return rows
+
+
+_READERS: dict[str, Callable[[Path], pa.Table | list[Mapping[str, Any]]]] = {
+    ".parquet": _read_parquet,
+    ".csv": _read_separated,
+    ".tsv": _read_separated,
+    ".jsonl": _read_json,
+    ".json": _read_json,
+}

@@ -1,0 +1,191 @@
+"""The data of a supervised task, from raw rows to batches.
+
+Each split is tokenised once and kept in the cache (``data/cache.py``). Training reads batches grouped by
+length in a random order per epoch; evaluation reads each row once, the longest first (``data/loader.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+
+from peft_lightning.data.cache import Encoded, cache_folder
+from peft_lightning.data.encode import encode_split
+from peft_lightning.data.loader import LengthGroupedSampler, Loader
+from peft_lightning.data.source import open_source
+from peft_lightning.errors import DataError, UsageError
+from peft_lightning.tasks.kinds.base import build_kind
+from peft_lightning.tasks.table import Task, get_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_STAGES = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+
+
+class TaskDataModule(LightningDataModule):
+    """Read, encode and batch the splits of a task.
+
+    Args:
+        task: a name from the table, or the fields of a task.
+        tokenizer: a folder, a hub name or ``toy``, from Python also a tokenizer; the module's own if null.
+        root: a folder that holds the task's folder, or its files.
+        rows: from Python, a list of dicts or a ``datasets.Dataset`` per split; comes before ``root``.
+        batch_size: rows per batch and rank in training.
+        eval_batch_size: the same in validate, test and predict; ``batch_size`` if null.
+        max_length: number of tokens to which a text or a pair is cut.
+        seed: seeds the order of training.
+        workers: processes that prepare batches.
+        cache_dir: keeps the encoded splits; ``$PEFT_LIGHTNING_CACHE`` or the user's cache if null.
+
+    Raises:
+        UsageError: an option has a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        task: str | Task,
+        tokenizer: str | None = None,
+        root: str | None = None,
+        rows: Any = None,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        max_length: int = 128,
+        seed: int = 42,
+        workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.task = get_task(task)
+        self.kind = build_kind(self.task)
+        if rows is not None and not isinstance(rows, Mapping):
+            raise UsageError(f"rows is a {type(rows).__name__}; allowed: a mapping from splits to their rows")
+        self.root, self.rows, self.cache_dir = root, rows, cache_dir
+        self.batch_size = _at_least(1, "batch_size", batch_size)
+        self.eval_batch_size = _at_least(
+            1, "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size
+        )
+        self.max_length = _at_least(8, "max_length", max_length)
+        self.seed, self.workers = _at_least(0, "seed", seed), _at_least(0, "workers", workers)
+        self._tokenizer = tokenizer
+        self._encoded: dict[str, Encoded] = {}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the data.
+
+        Raises:
+            UsageError: none is known, it cannot be used for batches, or it reads less than ``max_length``.
+        """
+        tokenizer: Any = self._tokenizer
+        if tokenizer is None:
+            tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer_name", None)
+        if isinstance(tokenizer, str):
+            from peft_lightning.backbones.build import load_tokenizer
+
+            tokenizer = load_tokenizer(tokenizer)
+        if not callable(tokenizer):
+            raise UsageError(
+                f"tokenizer is {tokenizer!r}; allowed: a folder, a hub name, toy, or a tokenizer"
+            )
+        if tokenizer.pad_token_id is None:
+            raise UsageError(
+                f"tokenizer {tokenizer.name_or_path!r} has no padding token; allowed: one that has"
+            )
+        if self.max_length > tokenizer.model_max_length:
+            most = tokenizer.model_max_length
+            raise UsageError(f"max_length is {self.max_length}; allowed with this tokenizer: at most {most}")
+        return cast("PreTrainedTokenizerBase", tokenizer)
+
+    def prepare_data(self) -> None:
+        """Fill the cache in one process, before the others read it."""
+        if self.trainer is not None:
+            self.setup(str(self.trainer.state.fn.value if self.trainer.state.fn else "fit"))
+
+    def setup(self, stage: str) -> None:
+        """Load the splits of ``stage``: fit, validate, test or predict.
+
+        Raises:
+            UsageError: an option has a value that is not allowed, or leads to no data.
+            DataError: the data cannot be used.
+        """
+        for name in _STAGES[stage]:
+            if not (stage == "fit" and name == "validation" and self._validates_nothing):
+                self._load(name)
+
+    def train_dataloader(self) -> Loader:
+        """Return the training batches of this rank."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> Loader:
+        """Return the validation batches of this rank."""
+        return self._loader("validation")
+
+    def test_dataloader(self) -> Loader:
+        """Return the test batches of this rank."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> Loader:
+        """Return the batches to predict of this rank, without labels."""
+        return self._loader("predict")
+
+    def labels(self, stage: str) -> Tensor:
+        """Return all labels of ``stage`` (train, validation or test), in the order of its rows, [N].
+
+        Raises:
+            DataError: the stage has no labels, or its data cannot be used.
+        """
+        if stage not in self.task.splits or stage == "predict":
+            raise DataError(f"the stage {stage!r} has no labels; allowed: train, validation, test")
+        # A copy, since the cache is mapped read-only.
+        return torch.from_numpy(self._load(stage).scalars["labels"].copy())
+
+    @property
+    def _validates_nothing(self) -> bool:
+        return self.trainer is not None and self.trainer.limit_val_batches == 0
+
+    def _load(self, stage: str) -> Encoded:
+        if stage not in self._encoded:
+            self._encoded[stage] = encode_split(
+                open_source(self.task, stage, self.rows, self.root),
+                self.kind,
+                self.tokenizer,
+                max_length=self.max_length,
+                labelled=stage != "predict",
+                folder=cache_folder(self.cache_dir),
+            )
+        return self._encoded[stage]
+
+    def _loader(self, stage: str) -> Loader:
+        data, trainer, training = self._load(stage), self.trainer, stage == "train"
+        sampler = LengthGroupedSampler(
+            data.lengths(),
+            self.batch_size if training else self.eval_batch_size,
+            shuffle=training,
+            seed=self.seed,
+            world_size=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+        )
+        return Loader(
+            data,
+            sampler,
+            pad_token_id=int(cast(int, self.tokenizer.pad_token_id)),
+            epoch=lambda: trainer.current_epoch if trainer else 0,
+            workers=self.workers,
+        )
+
+
+def _at_least(least: int, option: str, value: int) -> int:
+    if value < least:
+        raise UsageError(f"{option} is {value}; allowed: at least {least}")
+    return value

@@ -1,0 +1,219 @@
+"""Wrong options and damaged files end in one clear line and an exit status, and lose nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from peft_lightning.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+FIT = [
+    "fit",
+    "--config", str(ROOT / "configs/sparse_adapter.yaml"),
+    "--config", str(ROOT / "configs/overlays/toy.yaml"),
+    "--config", str(ROOT / "configs/overlays/cpu.yaml"),
+    "--trainer.max_epochs", "-1", "--trainer.max_steps", "3", "--data.init_args.batch_size", "8",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["peft-lightning"])
+
+
+def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Run, expect a failure, and return its status and its one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("peft-lightning: error: ")]
+    assert len(lines) == 1, error
+    assert "Traceback" not in error
+    return int(caught.value.code or 0), lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    main([*FIT, "--run_dir", str(folder), "--trainer.enable_progress_bar", "false"])
+    return folder
+
+
+USAGE: dict[str, tuple[list[str], str]] = {
+    "unknown task": (["--data.init_args.task", "mrpcc"], r"mrpcc.*mrpc"),
+    "missing root": (["--data.init_args.task", "mrpc", "--data.init_args.root", "/no/such"], "/no/such"),
+    "sparsity": (["--model.init_args.prune.sparsity", "1.0"], r"sparsity = 1\.0: must be the share removed"),
+    "negative sparsity": (["--model.init_args.prune.sparsity", "-0.1"], r"sparsity = -0\.1"),
+    "bottleneck": (["--model.init_args.adapter.bottleneck", "0"], "bottleneck = 0: must be at least 1"),
+    "score": (["--model.init_args.prune.score", "best"], "must be snip or magnitude"),
+    "target": (["--model.init_args.adapter.target", "decoder"], "matches no site; there are: encoder.layer.0"),
+    "backbone": (
+        ["--model.init_args.backbone", '{"name": "/no/such/model", "config": null, "tokenizer": "toy"}'],
+        r"backbone\.name = '/no/such/model': cannot be built",
+    ),
+    "two backbones": (
+        ["--model.init_args.backbone.name", "/no/such/model"],
+        "backbone: give either name .* or config",
+    ),
+    "tokenizer": (
+        ["--model.init_args.backbone.tokenizer", "/no/such/tokenizer"],
+        r"tokenizer.*'/no/such/tokenizer'.*cannot be loaded",
+    ),
+    "head": (["--model.init_args.head", "round"], "round.*dense"),
+    "batch size": (["--data.init_args.batch_size", "0"], "batch_size is 0"),
+    "learning rate": (["--model.init_args.optim.lr", "0"], r"optim\.lr = 0\.0: must be above 0"),
+    "misspelt option": (["--model.init_args.prune.sparsiti", "0.5"], "sparsiti"),
+    "unknown method": (["--model.class_path", "SparseAdaptorModule"], "SparseAdaptorModule"),
+    "another class": (["--model.class_path", "os.system"], r"os\.system"),
+    "class weights": (["--model.init_args.class_weights", "[1,2,3]"], "must be 2 numbers"),
+    "resume": (["--resume", "always"], "--resume = 'always': must be 'auto'"),
+    "not a number": (["--model.init_args.seed", "x"], "seed"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_usage(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    extra, message = USAGE[case]
+    status, line = fails([*FIT, "--run_dir", str(tmp_path / "run"), *extra], capsys)
+    assert status == 2, line
+    import re
+
+    assert re.search(message, line), line
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    status, line = fails(["fitt"], capsys)
+    assert status == 2 and "'fitt' is not a command; there are: fit" in line
+
+
+def task_folder(tmp_path: Path, rows: list[dict[str, Any]]) -> list[str]:
+    for split in ("train", "validation"):
+        path = tmp_path / "data" / f"{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"name": "mine", "text": ["text"], "labels": ["no", "yes"], "splits": {"test": "validation"}}
+    config = tmp_path / "task.yaml"
+    config.write_text(yaml.safe_dump({"data": {"init_args": {"task": task, "root": str(tmp_path / "data")}}}))
+    return [*FIT, "--config", str(config), "--run_dir", str(tmp_path / "run")]
+
+
+GOOD = [{"text": "the cat is good", "label": i % 2} for i in range(12)]
+DATA: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "column": ([{"sentence": "x", "label": 0}], r"no column 'text'; there are: "),
+    "empty": ([], "no rows"),
+    "label": ([*GOOD, {"text": "x", "label": 7}], r"row 12.*7"),
+    "text": ([*GOOD, {"text": None, "label": 1}], r"row 12.*not a text"),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_data(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, message = DATA[case]
+    status, line = fails(task_folder(tmp_path, rows), capsys)
+    assert status == 1, line
+    import re
+
+    assert re.search(message, line), line
+    assert "train.jsonl" in line
+
+
+def test_missing_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = task_folder(tmp_path, GOOD)
+    (tmp_path / "data" / "validation.jsonl").unlink()
+    status, line = fails(words, capsys)
+    assert status == 1 and "validation" in line and "train" in line
+
+
+def test_a_task_in_yaml_alone_trains(tmp_path: Path) -> None:
+    main(task_folder(tmp_path, GOOD))
+    assert (tmp_path / "run" / "report.json").exists()
+
+
+def test_an_existing_run_is_refused_and_untouched(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p.name: p.read_bytes() for p in finished.iterdir() if p.is_file()}
+    status, line = fails([*FIT, "--run_dir", str(finished)], capsys)
+    assert status == 2 and "exists already; add --resume auto" in line
+    assert {p.name: p.read_bytes() for p in finished.iterdir() if p.is_file()} == before
+
+
+def test_resuming_with_other_settings_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*FIT, "--run_dir", str(finished), "--resume", "auto", "--model.init_args.optim.lr", "0.25"]
+    status, line = fails(words, capsys)
+    assert status == 2
+    assert "model.init_args.optim.lr: 0.005 before, 0.25 now" in line
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_a_damaged_checkpoint(
+    command: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cut.ckpt"
+    path.write_bytes((finished / "last.ckpt").read_bytes()[:-500])
+    status, line = fails([command, "--ckpt_path", str(path)], capsys)
+    assert status == 1 and "cut.ckpt: damaged, truncated or not a checkpoint" in line
+    status, line = fails([command, "--ckpt_path", str(tmp_path / "absent.ckpt")], capsys)
+    assert status == 1 and "there is no such checkpoint" in line
+    status, line = fails([command], capsys)
+    assert status == 2
+
+
+def test_a_checkpoint_on_another_backbone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["test", "--ckpt_path", str(finished / "last.ckpt")]
+    wider = ["--model.init_args.backbone.config", '{"model_type": "bert", "hidden_size": 32, "num_attention_heads": 4}']
+    status, line = fails([*words, *wider], capsys)
+    assert status == 1 and "belongs to another backbone" in line and "hidden_size 64 here 32" in line
+
+
+def test_a_flag_beside_a_checkpoint_is_honoured_or_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["test", "--ckpt_path", str(finished / "last.ckpt"), "--run_dir"]
+    main([*words, str(tmp_path / "a")])
+    main([*words, str(tmp_path / "b"), "--model.init_args.adapter.scaling", "-30.0"])
+    scores = [json.loads((tmp_path / part / "test.json").read_text())["scores"] for part in "ab"]
+    assert scores[0]["loss"] != scores[1]["loss"]  # honoured
+    status, line = fails([*words, str(tmp_path / "c"), "--model.init_args.adapter.bottleneck", "8"], capsys)
+    assert status == 1 and "tensors do not fit this module; different" in line  # refused
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    folder = tmp_path / "run"
+    real, calls = torch.save, [0]
+
+    def full(content: Any, file: Any, *args: Any, **options: Any) -> None:
+        calls[0] += 1
+        if calls[0] > 1:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        real(content, file, *args, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    words = [*FIT, "--run_dir", str(folder), "--save_every_n_steps", "1"]
+    status, line = fails(words, capsys)
+    monkeypatch.undo()
+    assert status == 1
+    assert "cannot save the checkpoint" in line and "No space left" in line and "previous one is unchanged" in line
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 1
+    main([*words, "--resume", "auto"])
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 3
+    shutil.rmtree(folder)
+
+
+def test_debug_gives_the_traceback() -> None:
+    from peft_lightning.errors import UsageError
+
+    with pytest.raises(UsageError):
+        main([*FIT, "--run_dir", "x", "--resume", "always", "--debug"])

@@ -1,0 +1,113 @@
+"""A run that is stopped anywhere and started again ends in the same bits: weights, optimiser, logged metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from peft_lightning.callbacks.log import MetricsCSV
+from peft_lightning.module import MethodModule
+from tests.toy import METHODS, build, data, trainer
+
+
+class Stop(Exception):
+    """Stands for a killed process: nothing is saved when it is raised."""
+
+
+class StopAt(L.Callback):
+    """Stops at a micro-batch, counted over epochs, or when a validation begins or ends."""
+
+    def __init__(self, where: str, count: int) -> None:
+        self.where, self.count = where, count
+
+    def _tick(self, where: str) -> None:
+        if where == self.where:
+            self.count -= 1
+            if self.count < 0:
+                raise Stop
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._tick("batch start")
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._tick("batch end")
+
+    def on_validation_start(self, *args: Any) -> None:
+        self._tick("validation start")
+
+    def on_validation_end(self, *args: Any) -> None:
+        self._tick("validation end")
+
+
+def rows() -> dict[str, Any]:
+    from peft_lightning.data.toy import toy_rows
+
+    return {s: toy_rows("toy_sentiment", s, size=n) for s, n in (("train", 75), ("validation", 20))}
+
+
+def run(method: type[MethodModule], folder: Path, stops: list[L.Callback], **options: Any) -> Any:
+    """Fit in ``folder`` from its last checkpoint, if there is one."""
+    module = build(method)
+    last = folder / "last.ckpt"
+    fit = trainer(folder, callbacks=stops, **options)
+    path = str(last) if last.exists() else None
+    fit.fit(module, datamodule=data(batch_size=8, rows=rows()), ckpt_path=path, weights_only=True)
+    return module, fit
+
+
+def assert_same_end(method: type[MethodModule], tmp_path: Path, stops: list[L.Callback], **options: Any) -> None:
+    whole, fit = run(method, tmp_path / "whole", [], **options)
+    for stop in stops:
+        with pytest.raises(Stop):
+            run(method, tmp_path / "parts", [stop], **options)
+    parts, resumed = run(method, tmp_path / "parts", [], **options)
+    assert resumed.global_step == fit.global_step and resumed.current_epoch == fit.current_epoch
+    for name, tensor in whole.owned_state().items():
+        assert torch.equal(parts.owned_state()[name], tensor), name
+    ends = [torch.load(tmp_path / part / "last.ckpt", weights_only=True) for part in ("whole", "parts")]
+    torch.testing.assert_close(
+        ends[1]["optimizer_states"], ends[0]["optimizer_states"], rtol=0, atol=0, msg="optimiser"
+    )
+    assert ends[0]["lr_schedulers"] == ends[1]["lr_schedulers"]
+    assert ends[0]["callbacks"] == ends[1]["callbacks"]
+    logs = [MetricsCSV(tmp_path / part).read() for part in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    assert sum("train/loss" in row for row in logs[0]) == fit.global_step
+
+
+# 10 micro-batches an epoch; groups of 3, the last of 1: 4 optimizer steps an epoch.
+SETTINGS = {
+    "plain": {"max_epochs": 3},
+    "accumulating": {"max_epochs": 3, "accumulate_grad_batches": 3},
+    "validating inside the epoch": {"max_epochs": 2, "val_check_interval": 4, "accumulate_grad_batches": 2},
+    "validating every other epoch": {"max_epochs": 4, "check_val_every_n_epoch": 2},
+    "by steps": {"max_steps": 23, "max_epochs": -1},
+}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_stopped_twice(method: type[MethodModule], setting: str, tmp_path: Path) -> None:
+    stops: list[L.Callback] = [StopAt("batch start", 7), StopAt("batch end", 6)]
+    assert_same_end(method, tmp_path, stops, **SETTINGS[setting])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("where", ["batch start", "batch end"])
+@pytest.mark.parametrize("count", range(20))
+def test_stopped_at_every_batch(
+    method: type[MethodModule], setting: str, where: str, count: int, tmp_path: Path
+) -> None:
+    assert_same_end(method, tmp_path, [StopAt(where, count)], **SETTINGS[setting])
+
+
+@pytest.mark.parametrize("where", ["validation start", "validation end"])
+@pytest.mark.parametrize("setting", ["plain", "validating inside the epoch", "validating every other epoch"])
+def test_stopped_at_a_validation(setting: str, where: str, tmp_path: Path) -> None:
+    assert_same_end(METHODS[0], tmp_path, [StopAt(where, 1)], **SETTINGS[setting])

@@ -1,0 +1,274 @@
+"""The sampler and the loader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from peft_lightning.data.cache import Encoded
+from peft_lightning.data.loader import LengthGroupedSampler, Loader
+from peft_lightning.errors import DataError, UsageError
+from tests.reference.sampler import counted_rows, global_batches
+
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=60).map(np.array)
+
+
+def samplers(lengths: np.ndarray, batch_size: int, world: int, **options: Any) -> list[LengthGroupedSampler]:
+    """One sampler per rank."""
+    return [
+        LengthGroupedSampler(lengths, batch_size, world_size=world, rank=rank, **options)
+        for rank in range(world)
+    ]
+
+
+def plans(lengths: np.ndarray, batch_size: int, world: int, epoch: int = 0, **options: Any) -> list[Any]:
+    """One plan per rank."""
+    return [sampler.plan(epoch) for sampler in samplers(lengths, batch_size, world, **options)]
+
+
+def split_of(lengths: np.ndarray) -> Encoded:
+    """A split whose row r holds the tokens 100 r, 100 r + 1, ..., and the label r."""
+    values = np.concatenate([100 * row + np.arange(n) for row, n in enumerate(lengths)]).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ragged = {"input_ids": (values, offsets), "token_type_ids": (values * 0 + 1, offsets)}
+    return Encoded({"labels": np.arange(len(lengths))}, ragged)
+
+
+def loader_of(lengths: np.ndarray, batch_size: int = 4, shuffle: bool = True, **options: Any) -> Loader:
+    """A loader of one rank."""
+    sampler = LengthGroupedSampler(lengths, batch_size, shuffle=shuffle)
+    return Loader(split_of(lengths), sampler, pad_token_id=7, **options)
+
+
+# -- the sampler
+
+
+@given(lengths=LENGTHS, batch_size=st.integers(1, 5), world=st.integers(1, 4))
+def test_evaluation_counts_every_row_once(lengths: np.ndarray, batch_size: int, world: int) -> None:
+    dealt = plans(lengths, batch_size, world, shuffle=False)
+    assert counted_rows(dealt) == list(range(len(lengths)))
+    assert {len(plan) for plan in dealt} == {-(-len(lengths) // (batch_size * world))}
+    assert all(1 <= len(batch.rows) <= batch_size for plan in dealt for batch in plan)
+    assert all(batch.valid or len(batch.rows) == 1 for plan in dealt for batch in plan)
+    order = [row for step in global_batches(dealt) for row in step]
+    assert order == sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+
+@given(
+    lengths=LENGTHS,
+    batch_size=st.integers(1, 5),
+    world=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+    data=st.data(),
+)
+def test_training_deals_every_row_at_most_once(
+    lengths: np.ndarray, batch_size: int, world: int, epoch: int, data: st.DataObject
+) -> None:
+    if len(lengths) < world:
+        return
+    hands = samplers(lengths, batch_size, world, shuffle=True)
+    dealt = [sampler.plan(epoch) for sampler in hands]
+    rows, size = counted_rows(dealt), batch_size * world
+    rest = len(lengths) % size
+    left_out = rest if rest < world else 0
+    assert len(rows) == len(set(rows)) == len(lengths) - left_out
+    assert {len(plan) for plan in dealt} == {len(hands[0])} == {len(lengths) // size + (rest >= world)}
+    steps = global_batches(dealt)
+    assert all(len(step) == size for step in steps[: len(lengths) // size])
+    assert all(batch.valid and len(batch.rows) for plan in dealt for batch in plan)
+
+
+@given(lengths=LENGTHS, batch_size=st.integers(1, 3), epoch=st.integers(0, 3))
+def test_two_ranks_see_the_global_batches_of_one(lengths: np.ndarray, batch_size: int, epoch: int) -> None:
+    if len(lengths) < 2:
+        return
+    one = global_batches(plans(lengths, 2 * batch_size, 1, epoch, shuffle=True, seed=3))
+    two = global_batches(plans(lengths, batch_size, 2, epoch, shuffle=True, seed=3))
+    # A single row that is left over cannot be dealt to two ranks.
+    assert two == (one[:-1] if len(lengths) % (2 * batch_size) == 1 else one)
+
+
+def test_every_row_is_trained_on_sooner_or_later() -> None:
+    lengths = np.arange(1, 12)
+    seen = {row for epoch in range(20) for row in counted_rows(plans(lengths, 2, 2, epoch, shuffle=True))}
+    lost = [
+        set(range(11)) - set(counted_rows(plans(lengths, 5, 2, epoch, shuffle=True))) for epoch in range(20)
+    ]
+    assert seen == set(range(11))
+    assert all(len(rows) == 1 for rows in lost) and len(set.union(*lost)) > 3
+
+
+def test_orders_differ_by_epoch_and_seed_only() -> None:
+    lengths = np.random.default_rng(0).integers(1, 50, 100)
+    orders = [
+        global_batches(plans(lengths, 8, 1, epoch, shuffle=True, seed=seed))
+        for seed, epoch in [(0, 0), (0, 0), (0, 1), (1, 0)]
+    ]
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2] and orders[0] != orders[3] and orders[2] != orders[3]
+
+
+def test_training_batches_hold_similar_lengths_in_random_order() -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, 6400)
+    grouped = [lengths[batch.rows] for batch in LengthGroupedSampler(lengths, 32, shuffle=True).plan(0)]
+    padding = 1 - lengths.sum() / sum(len(batch) * batch.max() for batch in grouped)
+    assert padding < 0.05
+    means = np.array([batch.mean() for batch in grouped])
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_batch_size_below_one(batch_size: int) -> None:
+    with pytest.raises(UsageError, match=f"batch_size is {batch_size}; allowed: at least 1"):
+        LengthGroupedSampler(np.ones(3), batch_size, shuffle=True)
+
+
+def test_fewer_rows_than_ranks() -> None:
+    with pytest.raises(DataError, match="the split has 2 rows for 3 ranks; allowed: one for each"):
+        LengthGroupedSampler(np.ones(2), 4, shuffle=True, world_size=3)
+    assert len(LengthGroupedSampler(np.ones(2), 4, shuffle=False, world_size=3)) == 1
+
+
+# -- batches
+
+
+@given(lengths=LENGTHS, batch_size=st.integers(1, 5), multiple=st.sampled_from([1, 8]))
+def test_batches_are_padded_rows(lengths: np.ndarray, batch_size: int, multiple: int) -> None:
+    loader = loader_of(lengths, batch_size, pad_multiple=multiple)
+    for batch in loader:
+        inputs, rows = batch["inputs"], batch["rows"].tolist()
+        width = -(-max(lengths[rows]) // multiple) * multiple
+        expected: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "token_type_ids": []}
+        for row in rows:
+            n, gap = int(lengths[row]), width - int(lengths[row])
+            expected["input_ids"].append([100 * row + t for t in range(n)] + [7] * gap)
+            expected["attention_mask"].append([1] * n + [0] * gap)
+            expected["token_type_ids"].append([1] * n + [0] * gap)
+        assert {name: values.tolist() for name, values in inputs.items()} == expected
+        assert all(
+            values.dtype == torch.int64 for values in (*inputs.values(), batch["labels"], batch["rows"])
+        )
+        assert batch["labels"].tolist() == rows
+        assert batch["valid"].dtype == torch.bool and batch["valid"].all()
+
+
+def test_padding_row_does_not_count() -> None:
+    sampler = LengthGroupedSampler(np.array([2, 3, 4]), 1, shuffle=False, world_size=2, rank=1)
+    batches = list(Loader(split_of(np.array([2, 3, 4])), sampler, pad_token_id=0))
+    assert [batch["rows"].tolist() for batch in batches] == [[1], [0]]
+    assert [batch["valid"].tolist() for batch in batches] == [[True], [False]]
+
+
+def test_lists_as_labels_are_padded_with_the_number_that_losses_ignore() -> None:
+    data = split_of(np.array([2, 1]))
+    data.ragged["labels"] = data.ragged.pop("token_type_ids")
+    data.scalars.clear()
+    (batch,) = Loader(data, LengthGroupedSampler(data.lengths(), 2, shuffle=False), pad_token_id=0)
+    assert batch["labels"].tolist() == [[1, 1], [1, -100]]
+    assert set(batch["inputs"]) == {"input_ids", "attention_mask"}
+
+
+def test_unlabelled_split_gives_no_labels() -> None:
+    data = split_of(np.array([2, 1]))
+    data.scalars.clear()
+    (batch,) = Loader(data, LengthGroupedSampler(data.lengths(), 2, shuffle=False), pad_token_id=0)
+    assert set(batch) == {"inputs", "rows", "valid"}
+
+
+# -- state
+
+
+def rows_read(loader: Loader, count: int | None = None) -> list[list[int]]:
+    """The rows of the next ``count`` batches."""
+    result = []
+    for batch in loader:
+        result.append(batch["rows"].tolist())
+        if len(result) == count:
+            break
+    return result
+
+
+@given(size=st.integers(1, 40), batch_size=st.integers(1, 7), epoch=st.integers(0, 2), data=st.data())
+def test_continuing_anywhere_gives_the_rest(
+    size: int, batch_size: int, epoch: int, data: st.DataObject
+) -> None:
+    lengths = np.arange(size) % 5 + 1
+    whole = rows_read(loader_of(lengths, batch_size, epoch=lambda: epoch))
+    stop = data.draw(st.integers(1, len(whole)))
+    first = loader_of(lengths, batch_size, epoch=lambda: epoch)
+    assert rows_read(first, stop) == whole[:stop]
+    state = first.state_dict()
+    second = loader_of(lengths, batch_size, epoch=lambda: epoch)
+    second.load_state_dict(state)
+    assert second.state_dict() == state
+    assert rows_read(second) == whole[stop:]
+    assert second.state_dict()["position"] == len(whole)
+    assert rows_read(second) == whole
+
+
+@pytest.mark.parametrize("stop", [1, 5])
+def test_position_counts_what_was_taken_not_what_workers_prepared(stop: int) -> None:
+    lengths = np.arange(40) % 5 + 1
+    whole = rows_read(loader_of(lengths))
+    loader = loader_of(lengths, workers=1)
+    assert rows_read(loader, stop) == whole[:stop]
+    assert loader.state_dict()["position"] == stop
+    rest = loader_of(lengths, workers=1)
+    rest.load_state_dict(loader.state_dict())
+    assert rows_read(rest) == whole[stop:]
+
+
+def test_batches_do_not_depend_on_workers() -> None:
+    lengths = np.arange(10) % 3 + 1
+    for alone, helped in zip(loader_of(lengths), loader_of(lengths, workers=2), strict=True):
+        assert_close(alone, helped)
+
+
+def test_state_of_another_epoch_starts_afresh() -> None:
+    lengths = np.arange(20) % 5 + 1
+    first = loader_of(lengths, epoch=lambda: 1)
+    rows_read(first, 3)
+    later = loader_of(lengths, epoch=lambda: 2)
+    later.load_state_dict(first.state_dict())
+    assert rows_read(later) == rows_read(loader_of(lengths, epoch=lambda: 2))
+
+
+def test_asking_for_an_iterator_changes_nothing() -> None:
+    lengths = np.arange(20) % 5 + 1
+    loader = loader_of(lengths)
+    rows_read(loader, 3)
+    state = loader.state_dict()
+    iter(loader)
+    assert loader.state_dict() == state
+    fresh = loader_of(lengths)
+    fresh.load_state_dict(state)
+    iter(fresh)
+    assert rows_read(fresh) == rows_read(loader_of(lengths))[3:]
+
+
+def test_every_epoch_is_asked_for_when_it_begins() -> None:
+    lengths, epochs = np.arange(20) % 5 + 1, iter([4, 5])
+    loader = loader_of(lengths, epoch=lambda: next(epochs))
+    assert rows_read(loader) == rows_read(loader_of(lengths, epoch=lambda: 4))
+    assert loader.state_dict() == {"epoch": 4, "position": 5, "global_batch_size": 4}
+    assert rows_read(loader) == rows_read(loader_of(lengths, epoch=lambda: 5))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_leaves_the_global_random_state_alone(workers: int) -> None:
+    before = torch.random.get_rng_state()
+    rows_read(loader_of(np.arange(8) + 1, workers=workers))
+    assert_close(torch.random.get_rng_state(), before, rtol=0, atol=0)
+
+
+def test_state_in_batches_of_another_size_is_refused() -> None:
+    state = {"epoch": 0, "position": 2, "global_batch_size": 8}
+    with pytest.raises(UsageError, match="batch_size times ranks is 4; allowed to go on within an epoch: 8"):
+        loader_of(np.arange(20) + 1).load_state_dict(state)
+    loader_of(np.arange(20) + 1).load_state_dict({**state, "position": 0})

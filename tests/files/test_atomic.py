@@ -1,0 +1,32 @@
+"""A file is old or new, never half, and a failed write leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from peft_lightning.files.atomic import atomic_write
+
+
+def test_replaces_the_content(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "file"
+    atomic_write(target, lambda file: file.write(b"one"))
+    atomic_write(target, lambda file: file.write(b"two"))
+    assert target.read_bytes() == b"two"
+    assert [p.name for p in target.parent.iterdir()] == ["file"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+
+    def fail(file: BinaryIO) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(target, fail)
+    assert target.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

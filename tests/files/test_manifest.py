@@ -1,0 +1,126 @@
+"""Reading is safe and strict, and says what differs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peft_lightning.errors import CheckpointError
+from peft_lightning.files.manifest import (
+    FORMAT,
+    MANIFEST_KEY,
+    check_fingerprint,
+    check_tensors,
+    read_file,
+    write_adapter,
+)
+
+TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.mask": torch.tensor([[True, False]])}
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    write_adapter(tmp_path / "adapter", TENSORS, {"format": FORMAT, "class": "x"})
+    return tmp_path / "adapter"
+
+
+def checkpoint(path: Path, **content: Any) -> Path:
+    torch.save({"state_dict": TENSORS, MANIFEST_KEY: {"format": FORMAT}, **content}, path)
+    return path
+
+
+def test_an_adapter_comes_back_exactly(adapter: Path) -> None:
+    content = read_file(adapter)
+    assert content[MANIFEST_KEY]["class"] == "x"
+    for name, tensor in TENSORS.items():
+        assert torch.equal(content["state_dict"][name], tensor)
+        assert content["state_dict"][name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("file", ["adapter.safetensors", "manifest.json"])
+def test_a_damaged_adapter(adapter: Path, file: str) -> None:
+    whole = (adapter / file).read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
+        if file == "manifest.json" and json_equal(damaged, whole):
+            continue
+        (adapter / file).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged or incomplete adapter"):
+            read_file(adapter)
+
+
+def json_equal(a: bytes, b: bytes) -> bool:
+    try:
+        return bool(json.loads(a) == json.loads(b))
+    except ValueError:
+        return False
+
+
+def test_a_missing_tensor_file(adapter: Path) -> None:
+    (adapter / "adapter.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="damaged or incomplete adapter"):
+        read_file(adapter)
+
+
+def test_a_truncated_checkpoint(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "last.ckpt")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(CheckpointError, match=r"last\.ckpt: damaged, truncated or not a checkpoint"):
+        read_file(path)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    path = tmp_path / "evil.ckpt"
+    path.write_bytes(pickle.dumps({"state_dict": Evil()}))
+    with pytest.raises(CheckpointError, match="damaged, truncated or not a checkpoint"):
+        read_file(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_foreign_and_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        read_file(tmp_path / "absent.ckpt")
+    with pytest.raises(CheckpointError, match=r"holds no best\.ckpt"):
+        read_file(tmp_path)
+    with pytest.raises(CheckpointError, match="was not written by peft_lightning"):
+        read_file(checkpoint(tmp_path / "foreign.ckpt", **{MANIFEST_KEY: None}))
+    with pytest.raises(CheckpointError, match="format 99 is not the format"):
+        read_file(checkpoint(tmp_path / "future.ckpt", **{MANIFEST_KEY: {"format": 99}}))
+
+
+def test_a_runs_folder_gives_the_best_checkpoint_before_the_last(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "last.ckpt", which="last")
+    assert read_file(tmp_path)["which"] == "last"
+    checkpoint(tmp_path / "best.ckpt", which="best")
+    assert read_file(tmp_path)["which"] == "best"
+
+
+def test_differences_are_listed_both_ways() -> None:
+    given = {"x": torch.zeros(2), "extra": torch.zeros(1), "d": torch.zeros(1, dtype=torch.float64)}
+    expected = {"x": torch.zeros(3), "absent": torch.zeros(1), "d": torch.zeros(1)}
+    with pytest.raises(CheckpointError) as caught:
+        check_tensors(given, expected, "file")
+    message = str(caught.value)
+    assert "missing 1: absent" in message and "unexpected 1: extra" in message
+    assert "x ((2,) torch.float32, expected (3,) torch.float32)" in message
+    assert "d ((1,) torch.float64" in message
+    check_tensors(expected, expected, "file")
+
+
+def test_another_backbone() -> None:
+    one = {"model_type": "bert", "hidden_size": 64, "weights": "aa"}
+    check_fingerprint(one, one, "file")
+    with pytest.raises(CheckpointError, match="another backbone.*hidden_size 32 here 64"):
+        check_fingerprint({**one, "hidden_size": 32}, one, "file")
+    with pytest.raises(CheckpointError, match="same shape with other weights"):
+        check_fingerprint({**one, "weights": "bb"}, one, "file")
+    with pytest.raises(CheckpointError, match="another backbone"):
+        check_fingerprint(None, one, "file")

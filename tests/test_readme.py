@@ -1,0 +1,143 @@
+"""What the documents promise: every command in them runs, and its output is what they show.
+
+A command is either run here or named in ``ELSEWHERE`` with the reason and what covers it instead.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_lightning.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+HUB = "--config configs/overlays/gpu_bf16.yaml"
+
+ELSEWHERE = {
+    "make setup": "every target needs it; .ci/run starts from it",
+    "make lint": ".ci/run runs it",
+    "make test": "this is it",
+    "make bench-mrpc": "takes up to 45 minutes; tests/benchmarks runs it with --tiny",
+    "make bench-speed": "takes minutes; tests/benchmarks runs it with --tiny",
+    f"peft-lightning fit --config configs/sparse_adapter.yaml {HUB}": "needs a hub and a GPU",
+}
+
+
+def _blocks(path: Path, language: str) -> list[str]:
+    """Return the code blocks of a Markdown file in one language."""
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+
+
+def _commands(path: Path) -> list[str]:
+    joined = "\n".join(_blocks(path, "bash")).replace("\\\n", " ")
+    return [" ".join(line.split()) for line in joined.splitlines() if line.strip() and line[0] != "#"]
+
+
+def _demo() -> list[str]:
+    """Return the commands that ``make demo`` runs once everything is set up."""
+    done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    return [line.split("bin/", 1)[1] for line in lines if "bin/peft-lightning" in line]
+
+
+def _run(command: str) -> None:
+    """Run a ``peft-lightning`` command in this process; exit status 0 or nothing is good."""
+    words = shlex.split(command)
+    assert words[0] == "peft-lightning", f"{command}: no test knows how to run it"
+    try:
+        main(words[1:])
+    except SystemExit as end:
+        assert not end.code, command
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder that looks like the repository to a command, and is left when the test ends."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_demo_ends_as_the_readme_shows(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = _demo()
+    assert [shlex.split(command)[1] for command in commands] == ["fit", "test"]
+    for command in commands:
+        _run(command)
+    shown = re.search(r"<!-- output: make demo -->\n```text\n(.*?)```", DOCUMENTS[0].read_text(), re.DOTALL)
+    assert shown is not None
+    expected, actual = _shape(shown.group(1)), _shape(capsys.readouterr().out)
+    assert actual[-len(expected) :] == expected
+
+
+def _shape(text: str) -> list[str]:
+    """Return the lines with numbers, rules and widths taken out: these differ from machine to machine."""
+    lines = (re.sub(r"\d[\d.,]*", "#", re.sub(r"[─━┄═]+", "─", line)) for line in text.splitlines())
+    return [" ".join(line.split()) for line in lines if line.strip()]
+
+
+def test_commands_of_the_readme_run(workplace: Path) -> None:
+    _write_reviews(workplace)
+    ran = [command for command in _commands(DOCUMENTS[0]) if command.startswith("peft-lightning")]
+    for command in ran:
+        if command not in ELSEWHERE:
+            _run(command)
+    assert len((workplace / "runs" / "first" / "predictions.jsonl").read_text().splitlines()) > 0
+    assert (workplace / "runs" / "reviews" / "report.json").is_file()
+
+
+def _write_reviews(folder: Path) -> None:
+    """Write the YAML that the README shows, and a few rows for it."""
+    (folder / "my_reviews").mkdir()
+    rows = "review,label\n" + "".join(f"it was a {word} film,{word}\n" for word in ["bad", "good"] * 8)
+    for split in ("train", "validation"):
+        (folder / "my_reviews" / f"{split}.csv").write_text(rows)
+    (block,) = _blocks(DOCUMENTS[0], "yaml")
+    (folder / "reviews.yaml").write_text(block)
+
+
+def test_python_of_the_readme_runs(workplace: Path) -> None:
+    (block,) = _blocks(DOCUMENTS[0], "python")
+    names: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    (answer,) = names["answers"]
+    assert set(answer) == {"label", "probabilities"}
+    assert sum(answer["probabilities"].values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_is_run_or_named(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for command in _commands(path):
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert words[1] in targets, command
+            assert command in ELSEWHERE or command == "make demo", f"{command} is neither run nor named"
+        else:
+            assert words[0] == "peft-lightning", f"{command} is neither run nor named"
+
+
+def test_nothing_is_named_that_is_not_there() -> None:
+    written = {command for path in DOCUMENTS for command in _commands(path)}
+    assert set(ELSEWHERE) <= written
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = path if not file else path.parent / file
+        assert linked.exists(), f"{path.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{path.name} links to {target}; there are {sorted(slugs)}"
