@@ -74,9 +74,7 @@ class _Recorder(L.Callback):
         """Start the clock of a step."""
         self._started = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *rest: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *rest: Any) -> None:
         """Stop it, and keep the loss."""
         self.steps.append(time.perf_counter() - self._started)
         self._losses.append(float(outputs["loss"]))
@@ -85,9 +83,7 @@ class _Recorder(L.Callback):
         """Keep the metrics of an epoch."""
         if trainer.sanity_checking:
             return
-        values = {
-            name: float(value) for name, value in trainer.callback_metrics.items() if name[:4] == "val/"
-        }
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name[:4] == "val/"}
         for name, value in (values | {"train/loss": fmean(self._losses)}).items():
             self.series.setdefault(name, []).append(value)
         self._losses = []
@@ -127,7 +123,7 @@ def _run(arm: Arm, seed: int, settings: dict[str, Any], environment: dict[str, A
     return RunRecord(
         name=f"{arm.name}-seed{seed}",
         status="finished",
-        config={"run": settings, "module": dict(module.hparams)},
+        config={"run": settings, "module": _portable(dict(module.hparams))},
         data={
             "task": module.task.name,
             "train_rows": len(data.labels("train")),
@@ -147,6 +143,14 @@ def _run(arm: Arm, seed: int, settings: dict[str, Any], environment: dict[str, A
     )
 
 
+def _portable(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a module's options with the encoder's folder cut to its last two names."""
+    encoder = dict(options["backbone"])
+    if encoder["name"] is not None:
+        encoder["name"] = "/".join(Path(encoder["name"]).parts[-2:])
+    return options | {"backbone": encoder}
+
+
 def _finished(path: Path, settings: dict[str, Any]) -> bool:
     """Tell whether a run with exactly these settings is on record."""
     if not path.is_file():
@@ -156,15 +160,9 @@ def _finished(path: Path, settings: dict[str, Any]) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then write the tables."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.mrpc", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="try it in a minute: toy data, random encoder, no tables"
-    )
-    parser.add_argument(
-        "--allow-dirty", action="store_true", help="run with uncommitted changes; the records say so"
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mrpc", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="try it in a minute: toy data, random encoder, no tables")
+    parser.add_argument("--allow-dirty", action="store_true", help="run with uncommitted changes; the records say so")
     parser.add_argument("--out", type=Path, help="folder of the records")
     options = parser.parse_args(arguments)
     default = ROOT / "runs" / "bench-tiny" if options.tiny else ROOT / "benchmarks" / "results" / "mrpc"
@@ -181,12 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             record = _run(arm, seed, settings, environment)
             write_record(path, record)
-            _CONSOLE.print(
-                f"{path.stem}: accuracy {record.results['accuracy']:.3f} in {record.seconds:.0f} s"
-            )
-    _CONSOLE.print(
-        write_tables(folder, [arm.name for arm in ARMS], () if options.tiny else ("README", "RESULTS"))
-    )
+            _CONSOLE.print(f"{path.stem}: accuracy {record.results['accuracy']:.3f} in {record.seconds:.0f} s")
+    _CONSOLE.print(write_tables(folder, [arm.name for arm in ARMS], () if options.tiny else ("README", "RESULTS")))
 
 
 if __name__ == "__main__":

@@ -77,10 +77,7 @@ def _difference(found: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> st
 def _context(every: Sequence[RunRecord]) -> str:
     first = every[0]
     commits = sorted(
-        {
-            str(r.environment["commit"])[:12] + (" with changes" if r.environment["dirty"] else "")
-            for r in every
-        }
+        {str(r.environment["commit"])[:12] + (" with changes" if r.environment["dirty"] else "") for r in every}
     )
     device = first.environment["device"]
     versions = first.environment["versions"]
@@ -104,8 +101,4 @@ def _warning(records: Mapping[str, Sequence[RunRecord]], majority: float) -> str
         for name in ("full", "houlsby")
         if records.get(name) and fmean(_values(records[name], "accuracy")) < majority + _MARGIN
     ]
-    return (
-        f"\n\n**Failed setup:** less than 5 points over the majority class: {', '.join(weak)}."
-        if weak
-        else ""
-    )
+    return f"\n\n**Failed setup:** less than 5 points over the majority class: {', '.join(weak)}." if weak else ""

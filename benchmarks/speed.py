@@ -197,15 +197,9 @@ def _measure(tiny: bool, threads: int, environment: dict[str, Any]) -> RunRecord
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write the record and the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="try it in seconds: toy data, random encoder, no table"
-    )
-    parser.add_argument(
-        "--allow-dirty", action="store_true", help="run with uncommitted changes; the record says so"
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="try it in seconds: toy data, random encoder, no table")
+    parser.add_argument("--allow-dirty", action="store_true", help="run with uncommitted changes; the record says so")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the record")
     options = parser.parse_args(arguments)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_lightning.errors import PeftLightningError, UsageError
-from peft_lightning.files.manifest import FORMAT, MANIFEST_KEY, check_fingerprint, check_tensors
+from peft_lightning.files.manifest import FORMAT, MANIFEST_KEY
+from peft_lightning.files.strict import check_fingerprint, check_tensors
 
 __all__ = ["MethodModule", "OptimConfig", "as_config", "step_seed"]
 
@@ -200,8 +201,7 @@ class MethodModule(L.LightningModule, ABC):
             batch_idx: number of the micro-batch in the epoch; the last group of an epoch may be shorter than
                 ``accumulate_grad_batches``, by which Lightning divides, and is corrected.
         """
-        if self.trainer.world_size > 1:
-            weight = self.all_gather(weight.detach()).sum() / self.trainer.world_size
+        weight = self.trainer.strategy.reduce(weight.detach(), reduce_op="sum") / self.trainer.world_size
         loss = total / weight.clamp_min(torch.finfo(torch.float32).tiny)
         group, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
         place, size = batch_idx % group, group
@@ -220,7 +220,8 @@ class MethodModule(L.LightningModule, ABC):
             return
         losses, self._losses = self._losses, []
         step = self.trainer.global_step + 1
-        if step % self.trainer.log_every_n_steps:
+        every: int = getattr(self.trainer, "log_every_n_steps", 0)
+        if not every or step % every:
             return
         mean = float(self.trainer.strategy.reduce(torch.stack(losses).mean(), reduce_op="mean"))
         if not np.isfinite(mean):

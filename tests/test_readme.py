@@ -31,9 +31,7 @@ ELSEWHERE = {
 
 def _blocks(path: Path, language: str) -> list[str]:
     """Return the code blocks of a Markdown file in one language."""
-    return re.findall(
-        rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def _commands(path: Path) -> list[str]:
@@ -73,8 +71,24 @@ def test_the_demo_ends_as_the_readme_shows(workplace: Path, capsys: pytest.Captu
         _run(command)
     shown = re.search(r"<!-- output: make demo -->\n```text\n(.*?)```", DOCUMENTS[0].read_text(), re.DOTALL)
     assert shown is not None
-    expected, actual = _shape(shown.group(1)), _shape(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    expected, actual = _shape(shown.group(1)), _shape(printed)
     assert actual[-len(expected) :] == expected
+    # Seconds differ between machines; a score may by a row or two, and the rest must be what is shown.
+    assert _scores(printed) == pytest.approx(_scores(shown.group(1)), abs=0.02)
+    assert _counts(printed) == _counts(shown.group(1))
+
+
+def _scores(text: str) -> list[float]:
+    """Return the scores of the tables, each followed by that of the majority class."""
+    return [
+        float(number) for line in text.splitlines() if "majority" in line for number in re.findall(r"\d\.\d+", line)
+    ]
+
+
+def _counts(text: str) -> list[str]:
+    """Return the lines about parameters, without the padding that their column gives them."""
+    return [" ".join(line.split()) for line in text.splitlines() if "parameters" in line or "kept" in line]
 
 
 def _shape(text: str) -> list[str]:

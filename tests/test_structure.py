@@ -133,9 +133,7 @@ def test_imports_point_one_way(path: Path) -> None:
         return
     assert area in PICTURE, f"{area} has no place in the picture of imports"
     allowed = _reachable(area) | {"errors"}
-    wrong = [
-        name for name in _imports(path) if _within(name, "peft_lightning") and _area(name) not in allowed
-    ]
+    wrong = [name for name in _imports(path) if _within(name, "peft_lightning") and _area(name) not in allowed]
     assert not wrong, f"{path.relative_to(ROOT)} may import {sorted(allowed)}, not {wrong}"
 
 
@@ -168,9 +166,7 @@ def test_functions_files_and_modules_are_short(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=_name)
 def test_public_objects_are_documented(path: Path) -> None:
-    assert path.read_text(encoding="utf-8").strip() == "" or ast.get_docstring(_tree(path)), (
-        "no module docstring"
-    )
+    assert path.read_text(encoding="utf-8").strip() == "" or ast.get_docstring(_tree(path)), "no module docstring"
     for name, node in _public(path).items():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             assert ast.get_docstring(node), f"{_where(path, node)} {name} has no docstring"
@@ -197,9 +193,7 @@ def test_nothing_private_is_imported(path: Path) -> None:
             if alias.name == "__version__":
                 continue
             assert alias.name[0] != "_", f"{_where(path, node)} imports {alias.name}"
-            assert exports is None or alias.name in exports, (
-                f"{alias.name} is not in __all__ of {node.module}"
-            )
+            assert exports is None or alias.name in exports, f"{alias.name} is not in __all__ of {node.module}"
 
 
 @pytest.mark.parametrize("path", [*MODULES, *SCRIPTS, *TESTS], ids=_name)
@@ -214,9 +208,7 @@ def test_what_is_never_called(path: Path) -> None:
 
 def test_no_method_inherits_from_a_method() -> None:
     files = sorted((PACKAGE / "methods").glob("*.py"))
-    classes = {
-        node.name: node for path in files for node in ast.walk(_tree(path)) if isinstance(node, ast.ClassDef)
-    }
+    classes = {node.name: node for path in files for node in ast.walk(_tree(path)) if isinstance(node, ast.ClassDef)}
     for name, node in classes.items():
         parents = {ast.unparse(base).split(".")[-1] for base in node.bases}
         assert not parents & (classes.keys() - {name}), f"{name} inherits from {sorted(parents)}"

@@ -16,14 +16,14 @@ METHODS: list[type[MethodModule]] = [getattr(methods, name) for name in methods.
 # A frozen random backbone needs larger steps through its adapters than a trained one takes itself.
 LEARNING_RATE = {"FineTuneModule": 1e-3}
 
-TINY = {
+TINY: dict[str, Any] = {
     "config": {
         "model_type": "bert",
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 64,
-        "hidden_dropout_prob": 0.1,
+        "initializer_range": 0.2,
     },
     "tokenizer": "toy",
 }

@@ -143,7 +143,14 @@ def fingerprint(backbone: nn.Module) -> dict[str, Any]:
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
         digest.update(sample.view(torch.int16).numpy().tobytes())
-    keys = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    keys = (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+    )
     shape = {key: getattr(config, key) for key in keys if hasattr(config, key)}
     return {**shape, "weights": digest.hexdigest()}
 

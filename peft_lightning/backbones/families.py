@@ -30,9 +30,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "bert": Family(
-        layer="encoder.layer.{i}", attention_output="attention.output", ffn_output="output", tail="dropout"
-    ),
+    "bert": Family(layer="encoder.layer.{i}", attention_output="attention.output", ffn_output="output", tail="dropout"),
 }
 
 

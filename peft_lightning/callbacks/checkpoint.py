@@ -1,7 +1,7 @@
 """Checkpoints that survive: written at optimizer-step boundaries, atomically, with all that a resumed run needs.
 
 ``last.ckpt`` holds a state from which the run goes on as if nothing had happened; ``best.ckpt`` holds the weights with
-the best validation metric. SIGTERM (and a cluster's USR1) waits for the next boundary, saves and ends the process.
+the best validation metric. SIGTERM waits for the next boundary, saves and ends the process.
 """
 
 from __future__ import annotations
@@ -89,9 +89,12 @@ class RunCheckpoint(Checkpoint):
         self._log_rows = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Cut the log back to the checkpoint, and take over the signals (Lightning gives them back at the end)."""
+        """Cut the log back to the checkpoint."""
         for log in self._logs(trainer):
             log.cut(self._restored["log_rows"] if self._restored else 0)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take SIGTERM over from Lightning, which would end inside an accumulation; it restores it at the end."""
         signal.signal(signal.SIGTERM, self._remember_signal)
 
     def on_train_batch_end(

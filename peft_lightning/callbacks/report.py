@@ -32,6 +32,8 @@ def constant_scores(module: TaskModule, train_labels: torch.Tensor, labels: torc
         metric -> value; a correlation with a constant is 0.
     """
     metrics = module.kind.metrics()
+    for metric in metrics.values():
+        metric.distributed_available_fn = lambda: False  # one rank computes this alone
     constant = module.kind.constant(train_labels)
     metrics.update(constant.expand(len(labels)).to(labels.dtype).contiguous(), labels)
     return {name: float(torch.nan_to_num(value)) for name, value in metrics.compute().items()}
@@ -94,7 +96,7 @@ class Report(L.Callback):
             "split": split,
             "scores": scores,
             "majority": self._majority(trainer, module, split),
-            "steps": trainer.global_step,
+            **({"steps": trainer.global_step} if trainer.state.fn == "fit" else {}),
             "seconds": round(self.state_dict()["seconds"], 2),
             "run": str(self.folder),
         }
@@ -104,7 +106,7 @@ class Report(L.Callback):
 
     @staticmethod
     def _majority(trainer: L.Trainer, module: TaskModule, split: str) -> dict[str, float]:
-        labels = getattr(trainer.datamodule, "labels", None)
+        labels = getattr(getattr(trainer, "datamodule", None), "labels", None)
         if labels is None:
             return {}
         try:
@@ -116,12 +118,14 @@ class Report(L.Callback):
 def _table(report: dict[str, Any], metrics: tuple[str, ...]) -> Table:
     table = Table(show_header=False, title=f"{report['method']} on {report['task']}")
     table.add_row(
-        "trained parameters", f"{report['trained_parameters']:,}, of them {report['head_parameters']:,} in the head"
+        "trained parameters",
+        f"{report['trained_parameters']:,}, of them {report['head_parameters']:,} in the head",
     )
     table.add_row("frozen parameters", f"{report['backbone_parameters']:,}")
     if report["kept_share"] < 1:
         table.add_row(
-            "kept share", f"{report['kept_share']:.4f} ({report['kept_weights']:,} of {report['prunable_weights']:,})"
+            "kept share",
+            f"{report['kept_share']:.4f} ({report['kept_weights']:,} of {report['prunable_weights']:,})",
         )
     else:
         table.add_row("kept share", "1 (dense)")
@@ -130,6 +134,8 @@ def _table(report: dict[str, Any], metrics: tuple[str, ...]) -> Table:
             beside = report["majority"].get(metric)
             note = "" if beside is None else f"   (majority class: {beside:.4f})"
             table.add_row(f"{report['split']} {metric}", f"{report['scores'][metric]:.4f}{note}")
-    table.add_row("steps, seconds", f"{report['steps']}, {report['seconds']:.1f}")
+    if "steps" in report:
+        table.add_row("optimizer steps", f"{report['steps']:,}")
+    table.add_row("seconds", f"{report['seconds']:.1f}")
     table.add_row("run's folder", report["run"])
     return table

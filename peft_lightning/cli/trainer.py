@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-import peft_lightning.data.supervised  # noqa: F401  short class names resolve once their modules are imported
+import peft_lightning.data.supervised
 import peft_lightning.methods  # noqa: F401
 from peft_lightning.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
 from peft_lightning.callbacks.log import MetricsCSV
@@ -38,7 +38,10 @@ class TrainerCLI(LightningCLI):
         """The run's folder, resuming, and the links that keep the five choices consistent."""
         parser.add_argument("--run_dir", type=str | None, default=None, help="the run's folder")
         parser.add_argument(
-            "--resume", type=str | None, default=None, help="'auto': go on from the run folder's last checkpoint"
+            "--resume",
+            type=str | None,
+            default=None,
+            help="'auto': go on from the run folder's last checkpoint",
         )
         parser.add_argument("--save_every_n_steps", type=int, default=200, help="optimizer steps between checkpoints")
         parser.link_arguments("data.init_args.task", "model.init_args.task")
@@ -73,7 +76,9 @@ class TrainerCLI(LightningCLI):
             return
         if options.run_dir is None:
             method = options.model.class_path.rpartition(".")[2].removesuffix("Module")
-            options.run_dir = f"runs/{method}-{_task_name(options.data.init_args.get('task'))}-{options.seed_everything}"
+            options.run_dir = (
+                f"runs/{method}-{_task_name(options.data.init_args.get('task'))}-{options.seed_everything}"
+            )
         folder = Path(options.run_dir)
         if options.resume not in (None, "auto"):
             raise UsageError(f"--resume = {options.resume!r}: must be 'auto'")
@@ -139,7 +144,10 @@ class TrainerCLI(LightningCLI):
         purge = None
         if self.options.ckpt_path:
             purge = int(read_file(self.options.ckpt_path).get("global_step", 0)) + 1
-        return [MetricsCSV(folder), TensorBoardLogger(folder, name="tensorboard", version="", purge_step=purge)]
+        return [
+            MetricsCSV(folder),
+            TensorBoardLogger(folder, name="tensorboard", version="", purge_step=purge),
+        ]
 
     # -- commands ----------------------------------------------------------------------------------------------
 
@@ -252,4 +260,6 @@ def _first_rank() -> bool:
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(config, dict):
         return {prefix: config}
-    return {k: v for key, value in config.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+    return {
+        k: v for key, value in config.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()
+    }

@@ -38,9 +38,7 @@ class Encoded:
         ragged: per ragged column the values of all rows end to end, and their N + 1 offsets.
     """
 
-    def __init__(
-        self, scalars: Mapping[str, np.ndarray], ragged: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    ) -> None:
+    def __init__(self, scalars: Mapping[str, np.ndarray], ragged: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
         self.scalars, self.ragged = dict(scalars), dict(ragged)
 
     def __len__(self) -> int:
@@ -50,9 +48,7 @@ class Encoded:
         """Return the number of tokens of each row, int64 [N]."""
         return np.diff(self.ragged["input_ids"][1])
 
-    def gather(
-        self, rows: np.ndarray
-    ) -> tuple[dict[str, np.ndarray], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    def gather(self, rows: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, tuple[np.ndarray, np.ndarray]]]:
         """Return the scalar columns [B] of ``rows`` [B], and per ragged column its values and lengths [B]."""
         scalars = {name: values[rows] for name, values in self.scalars.items()}
         ragged = {}

@@ -68,9 +68,7 @@ class LengthGroupedSampler:
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}; allowed: at least 1")
         if len(lengths) < (world_size if shuffle else 1):
-            raise DataError(
-                f"the split has {len(lengths)} rows for {world_size} ranks; allowed: one for each"
-            )
+            raise DataError(f"the split has {len(lengths)} rows for {world_size} ranks; allowed: one for each")
         self.lengths = np.asarray(lengths)
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.world_size, self.rank = world_size, rank
@@ -91,9 +89,7 @@ class LengthGroupedSampler:
         size = self.global_batch_size
         shares = [rows[start : start + size] for start in range(0, len(self) * size, size)]
         return [
-            Batch(share[self.rank :: self.world_size])
-            if self.rank < len(share)
-            else Batch(share[:1], valid=False)
+            Batch(share[self.rank :: self.world_size]) if self.rank < len(share) else Batch(share[:1], valid=False)
             for share in shares
         ]
 

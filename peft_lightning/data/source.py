@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from peft_lightning.data.toy import toy_rows
 from peft_lightning.errors import DataError, UsageError
@@ -21,6 +21,8 @@ from peft_lightning.tasks.table import Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    _Rows: TypeAlias = pa.Table | list[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class Source:
 
     name: str
     digest: str
-    read: Callable[[], pa.Table | list[Mapping[str, Any]]]
+    read: Callable[[], _Rows]
 
     def slices(self, columns: tuple[str, ...], size: int) -> Iterator[dict[str, list[Any]]]:
         """Yield ``columns`` for ``size`` rows at a time.
@@ -82,7 +84,7 @@ def open_source(task: Task, stage: str, rows: Mapping[str, Any] | None, root: st
             raise DataError(f"rows has no split {split!r} (stage {stage}); there are: {', '.join(rows)}")
         return _from_python(f"rows[{key!r}]", rows[key])
     if root is not None:
-        return _from_file(_find_file(Path(root).expanduser(), task, split, stage))
+        return _from_file(_find_file(Path(root).expanduser(), task, split, stage), task.text)
     if task.name.startswith("toy_"):
         return _from_python(f"{task.name}/{split}", toy_rows(task.name, split))
     if task.hub:
@@ -95,9 +97,7 @@ def _from_python(name: str, rows: Any) -> Source:
         # Reading through the format keeps to the rows that a selected or shuffled Dataset shows.
         return _from_table(name, rows.with_format("arrow")[:])
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
-        raise UsageError(
-            f"{name} is a {type(rows).__name__}; allowed: a list of dicts, or a datasets.Dataset"
-        )
+        raise UsageError(f"{name} is a {type(rows).__name__}; allowed: a list of dicts, or a datasets.Dataset")
     text = json.dumps([dict(row) for row in rows], sort_keys=True, default=repr)
     return Source(name=name, digest=hashlib.sha256(text.encode()).hexdigest(), read=lambda: rows)
 
@@ -120,9 +120,7 @@ def _from_hub(task: Task, split: str) -> Source:
     # Whatever goes wrong in there (network, missing split, a changed repository), the way out is the same.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"{name}: cannot be loaded: {reason}; allowed without it: root, a folder of files"
-        ) from error
+        raise DataError(f"{name}: cannot be loaded: {reason}; allowed without it: root, a folder of files") from error
     return _from_python(name, data)
 
 
@@ -142,9 +140,7 @@ def _find_file(root: Path, task: Task, split: str, stage: str) -> Path:
         names = ", ".join(path.name for path in paths)
         raise DataError(f"{folder}: has several files of split {split!r}: {names}; allowed: one")
     if not paths:
-        raise DataError(
-            f"{folder}: has no split {split!r} (stage {stage}); there are: {', '.join(sorted(splits))}"
-        )
+        raise DataError(f"{folder}: has no split {split!r} (stage {stage}); there are: {', '.join(sorted(splits))}")
     return paths[0]
 
 
@@ -157,40 +153,43 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
     return splits
 
 
-def _from_file(path: Path) -> Source:
+def _from_file(path: Path, text: tuple[str, ...]) -> Source:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Source(name=str(path), digest=f"{path.suffix} {digest}", read=lambda: _READERS[path.suffix](path))
+    return Source(name=str(path), digest=f"{path.suffix} {digest}", read=lambda: _READERS[path.suffix](path, text))
 
 
-def _read_parquet(path: Path) -> pa.Table:
+def _read_parquet(path: Path, text: tuple[str, ...]) -> pa.Table:
     from pyarrow import parquet
 
     return parquet.read_table(path)
 
 
-def _read_separated(path: Path) -> pa.Table:
+def _read_separated(path: Path, text: tuple[str, ...]) -> pa.Table:
+    import pyarrow as pa
     from pyarrow import csv
 
     tabs = path.suffix == ".tsv"
     options = csv.ParseOptions(
         delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
     )
-    return csv.read_csv(path, parse_options=options)
+    # Without it, a text that looks like a number would become one.
+    types = csv.ConvertOptions(column_types={column: pa.string() for column in text})
+    return csv.read_csv(path, parse_options=options, convert_options=types)
 
 
-def _read_json(path: Path) -> pa.Table | list[Mapping[str, Any]]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        rows = json.loads(text)
+def _read_json(path: Path, text: tuple[str, ...]) -> _Rows:
+    content = path.read_text(encoding="utf-8")
+    if path.suffix == ".json" and content.lstrip().startswith("["):
+        rows = json.loads(content)
     else:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [json.loads(line) for line in content.split("\n") if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("not every row is an object")
     return rows
 
 
-_READERS: dict[str, Callable[[Path], pa.Table | list[Mapping[str, Any]]]] = {
+_READERS: dict[str, Callable[[Path, tuple[str, ...]], _Rows]] = {
     ".parquet": _read_parquet,
     ".csv": _read_separated,
     ".tsv": _read_separated,

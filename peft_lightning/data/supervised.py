@@ -95,13 +95,9 @@ class TaskDataModule(LightningDataModule):
 
             tokenizer = load_tokenizer(tokenizer)
         if not callable(tokenizer):
-            raise UsageError(
-                f"tokenizer is {tokenizer!r}; allowed: a folder, a hub name, toy, or a tokenizer"
-            )
+            raise UsageError(f"tokenizer is {tokenizer!r}; allowed: a folder, a hub name, toy, or a tokenizer")
         if tokenizer.pad_token_id is None:
-            raise UsageError(
-                f"tokenizer {tokenizer.name_or_path!r} has no padding token; allowed: one that has"
-            )
+            raise UsageError(f"tokenizer {tokenizer.name_or_path!r} has no padding token; allowed: one that has")
         if self.max_length > tokenizer.model_max_length:
             most = tokenizer.model_max_length
             raise UsageError(f"max_length is {self.max_length}; allowed with this tokenizer: at most {most}")

@@ -1,4 +1,4 @@
-"""What our files say of themselves, how they are read, and the strict comparison before anything is loaded.
+"""What our files say of themselves, and how they are read.
 
 A checkpoint (``.ckpt``) holds tensors and plain containers and is read with ``weights_only=True``. An exported adapter
 is a folder of ``adapter.safetensors`` and ``manifest.json`` with the SHA-256 of the former.
@@ -21,7 +21,7 @@ from torch import Tensor
 from peft_lightning.errors import CheckpointError
 from peft_lightning.files.atomic import atomic_write
 
-__all__ = ["FORMAT", "MANIFEST_KEY", "check_fingerprint", "check_tensors", "read_file", "write_adapter"]
+__all__ = ["FORMAT", "MANIFEST_KEY", "read_file", "write_adapter"]
 
 MANIFEST_KEY = "peft_lightning"
 FORMAT = 1
@@ -96,43 +96,3 @@ def write_adapter(folder: str | Path, tensors: Mapping[str, Tensor], manifest: M
     atomic_write(folder / "adapter.safetensors", lambda file: file.write(payload))
     text = json.dumps(described, indent=2, sort_keys=True) + "\n"
     atomic_write(folder / "manifest.json", lambda file: file.write(text.encode()))
-
-
-def check_tensors(given: Mapping[str, Any], expected: Mapping[str, Tensor], what: str) -> None:
-    """Compare names, shapes and dtypes both ways.
-
-    Raises:
-        CheckpointError: lists every missing, unexpected and mis-shaped tensor (the first few of each).
-    """
-    wrong = []
-    for name in given.keys() & expected.keys():
-        have, want = given[name], expected[name]
-        if not isinstance(have, Tensor) or have.shape != want.shape or have.dtype != want.dtype:
-            shown = f"{tuple(have.shape)} {have.dtype}" if isinstance(have, Tensor) else type(have).__name__
-            wrong.append(f"{name} ({shown}, expected {tuple(want.shape)} {want.dtype})")
-    parts = [
-        f"{kind} {len(names)}: {', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''}"
-        for kind, names in (
-            ("missing", expected.keys() - given.keys()),
-            ("unexpected", given.keys() - expected.keys()),
-            ("different", wrong),
-        )
-        if names
-    ]
-    if parts:
-        raise CheckpointError(f"{what}: tensors do not fit this module; {'; '.join(parts)}")
-
-
-def check_fingerprint(given: Mapping[str, Any] | None, expected: Mapping[str, Any], what: str) -> None:
-    """Compare the backbone that a file was made on with the one at hand.
-
-    Raises:
-        CheckpointError: lists what differs: another depth, width or architecture, or the same with other weights.
-    """
-    given = given or {}
-    keys = [key for key in {**expected, **given} if given.get(key) != expected.get(key)]
-    shape = [f"{key} {given.get(key)} here {expected.get(key)}" for key in keys if key != "weights"]
-    if shape:
-        raise CheckpointError(f"{what}: belongs to another backbone ({'; '.join(shape)})")
-    if keys:
-        raise CheckpointError(f"{what}: belongs to a backbone of the same shape with other weights")

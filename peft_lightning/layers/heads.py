@@ -47,7 +47,7 @@ class ClassificationHead(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return logits [B, C] in the dtype of the head's weights, for ``hidden`` [B, L, H] of any floating dtype."""
+        """Return logits [B, C] in the dtype of the head's weights, for ``hidden`` [B, L, H] of any dtype."""
         with torch.autocast(hidden.device.type, enabled=False):
             state = hidden[:, 0].to(self.out.weight.dtype)
             if self.dense is not None:

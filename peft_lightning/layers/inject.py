@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
@@ -51,9 +52,7 @@ def select_sites(candidates: list[str], target: str) -> list[str]:
     return chosen
 
 
-def inject(
-    backbone: nn.Module, sites: list[str], tail: str, name: str, build: Callable[[], Bottleneck]
-) -> Injection:
+def inject(backbone: nn.Module, sites: list[str], tail: str, name: str, build: Callable[[], Bottleneck]) -> Injection:
     """Build one adapter per site and hook it on the site's tail.
 
     Args:
@@ -76,10 +75,11 @@ def inject(
         block = backbone.get_submodule(site)
         if not hasattr(block, "adapters"):
             block.adapters = nn.ModuleDict()
-        if name in block.adapters:
+        named = cast(nn.ModuleDict, block.adapters)
+        if name in named:
             raise UsageError(f"adapter.name = {name!r}: {site} already has an adapter of this name")
         adapter = build()
-        block.adapters[name] = adapter
+        named[name] = adapter
         block.get_submodule(tail).register_forward_hook(adapter.hook)
         adapters[f"{site}.adapters.{name}"] = adapter
     return Injection(adapters)

@@ -140,7 +140,7 @@ class SparseAdapterModule(TaskModule):
         self.adapter = as_config(AdapterConfig, adapter)
         self.prune = as_config(PruneConfig, prune)
         self.record(adapter=self.adapter, prune=self.prune)
-        self.register_buffer("pruned", torch.tensor(False), persistent=False)
+        self._pruned = False
 
     def attach(self) -> None:
         """Hook one adapter after the attention block and one after the feed-forward block of every layer."""
@@ -197,14 +197,14 @@ class SparseAdapterModule(TaskModule):
     def on_train_start(self) -> None:
         """Score and prune, unless a checkpoint brought the masks."""
         super().on_train_start()
-        if self.prune.sparsity == 0 or self.pruned:
+        if self.prune.sparsity == 0 or self._pruned:
             return
         self.install_masks(self._scoring_batches() if self.prune.score == "snip" else ())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint holds masks that were made before its first step."""
         super().on_load_checkpoint(checkpoint)
-        self.pruned.fill_(True)
+        self._pruned = True
 
     def install_masks(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Score all prunable weights, mask the lowest, and make all ranks agree with rank 0.
@@ -224,7 +224,7 @@ class SparseAdapterModule(TaskModule):
             if self._trainer is not None:
                 mask = self.trainer.strategy.broadcast(mask.cpu(), src=0)
             layer.set_mask(mask.to(layer.weight.device))
-        self.pruned.fill_(True)
+        self._pruned = True
 
     def _scoring_batches(self) -> Iterator[Mapping[str, Any]]:
         """The first batches of a fresh pass over the training data, on the module's device."""
@@ -232,9 +232,7 @@ class SparseAdapterModule(TaskModule):
         for batch in islice(loader, self.prune.score_batches):
             yield self.trainer.strategy.batch_to_device(batch, self.device)
 
-    def _mean_gradients(
-        self, weights: Mapping[str, Tensor], batches: Iterable[Mapping[str, Any]]
-    ) -> dict[str, Tensor]:
+    def _mean_gradients(self, weights: Mapping[str, Tensor], batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
         """fp32 gradients of the mean loss over all batches of all ranks, in eval mode; no ``.grad`` is touched."""
         modes = {module: module.training for module in self.modules()}
         self.eval()

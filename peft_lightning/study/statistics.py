@@ -63,7 +63,5 @@ def paired_interval(values: Sequence[float], baseline: Sequence[float], level: f
     Raises UsageError where the two differ in length.
     """
     if len(values) != len(baseline):
-        raise UsageError(
-            f"values has {len(values)} entries and baseline {len(baseline)}: pairs need equally many"
-        )
+        raise UsageError(f"values has {len(values)} entries and baseline {len(baseline)}: pairs need equally many")
     return mean_interval([value - other for value, other in zip(values, baseline, strict=True)], level)

@@ -54,7 +54,10 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "negative sparsity": (["--model.init_args.prune.sparsity", "-0.1"], r"sparsity = -0\.1"),
     "bottleneck": (["--model.init_args.adapter.bottleneck", "0"], "bottleneck = 0: must be at least 1"),
     "score": (["--model.init_args.prune.score", "best"], "must be snip or magnitude"),
-    "target": (["--model.init_args.adapter.target", "decoder"], "matches no site; there are: encoder.layer.0"),
+    "target": (
+        ["--model.init_args.adapter.target", "decoder"],
+        "matches no site; there are: encoder.layer.0",
+    ),
     "backbone": (
         ["--model.init_args.backbone", '{"name": "/no/such/model", "config": null, "tokenizer": "toy"}'],
         r"backbone\.name = '/no/such/model': cannot be built",
@@ -153,9 +156,7 @@ def test_resuming_with_other_settings_is_refused(finished: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("command", ["test", "validate", "predict"])
-def test_a_damaged_checkpoint(
-    command: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_checkpoint(command: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "cut.ckpt"
     path.write_bytes((finished / "last.ckpt").read_bytes()[:-500])
     status, line = fails([command, "--ckpt_path", str(path)], capsys)
@@ -168,7 +169,10 @@ def test_a_damaged_checkpoint(
 
 def test_a_checkpoint_on_another_backbone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["test", "--ckpt_path", str(finished / "last.ckpt")]
-    wider = ["--model.init_args.backbone.config", '{"model_type": "bert", "hidden_size": 32, "num_attention_heads": 4}']
+    wider = [
+        "--model.init_args.backbone.config",
+        '{"model_type": "bert", "hidden_size": 32, "num_attention_heads": 4}',
+    ]
     status, line = fails([*words, *wider], capsys)
     assert status == 1 and "belongs to another backbone" in line and "hidden_size 64 here 32" in line
 

@@ -77,9 +77,7 @@ def test_checkpoint_is_small_plain_and_round_trips(method: type[MethodModule], t
     assert twin.hparams == module.hparams
 
 
-def test_test_works_from_the_checkpoint_and_the_backbone_alone(
-    method: type[MethodModule], tmp_path: Path
-) -> None:
+def test_test_works_from_the_checkpoint_and_the_backbone_alone(method: type[MethodModule], tmp_path: Path) -> None:
     module = build(method)
     fit = trainer(tmp_path, max_steps=6)
     fit.fit(module, datamodule=data())
@@ -126,9 +124,7 @@ def test_the_toy_task_is_learned_and_shuffled_labels_are_not(method: type[Method
     rows = toy_splits()
     shuffled = [
         {**row, "label": other["label"]}
-        for row, other in zip(
-            rows["train"], rows["train"][len(rows["train"]) // 2 :] + rows["train"], strict=False
-        )
+        for row, other in zip(rows["train"], rows["train"][len(rows["train"]) // 2 :] + rows["train"], strict=False)
     ]
     module = build(method, dropout=0.0, backbone=wide())
     fit = trainer(**{**options, "max_epochs": 2})

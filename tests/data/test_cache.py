@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_lightning.data import cache
 from peft_lightning.data.cache import Encoded, cache_folder, cache_key, cached
 from peft_lightning.errors import DataError
 
@@ -94,7 +94,7 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache.os, "replace", stop)
+    monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path, "key", batch)
     assert not list(tmp_path.iterdir())
@@ -102,11 +102,16 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
+
+    def noted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            order.append(name)
+            return real(*arguments)
+
+        return call
+
     for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(
-            cache.os, name, lambda *a, name=name, real=real: (order.append(name), real(*a))[1]
-        )
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
     cached(tmp_path, "key", batch)
     assert order == ["fsync", "replace"]
 
@@ -115,7 +120,7 @@ def test_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match=r"cache_dir '.*' cannot be written: .*No space left on device"):
         cached(tmp_path, "key", batch)
     assert not list(tmp_path.iterdir())

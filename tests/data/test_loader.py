@@ -21,10 +21,7 @@ LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=60).map(np.array)
 
 def samplers(lengths: np.ndarray, batch_size: int, world: int, **options: Any) -> list[LengthGroupedSampler]:
     """One sampler per rank."""
-    return [
-        LengthGroupedSampler(lengths, batch_size, world_size=world, rank=rank, **options)
-        for rank in range(world)
-    ]
+    return [LengthGroupedSampler(lengths, batch_size, world_size=world, rank=rank, **options) for rank in range(world)]
 
 
 def plans(lengths: np.ndarray, batch_size: int, world: int, epoch: int = 0, **options: Any) -> list[Any]:
@@ -97,9 +94,7 @@ def test_two_ranks_see_the_global_batches_of_one(lengths: np.ndarray, batch_size
 def test_every_row_is_trained_on_sooner_or_later() -> None:
     lengths = np.arange(1, 12)
     seen = {row for epoch in range(20) for row in counted_rows(plans(lengths, 2, 2, epoch, shuffle=True))}
-    lost = [
-        set(range(11)) - set(counted_rows(plans(lengths, 5, 2, epoch, shuffle=True))) for epoch in range(20)
-    ]
+    lost = [set(range(11)) - set(counted_rows(plans(lengths, 5, 2, epoch, shuffle=True))) for epoch in range(20)]
     assert seen == set(range(11))
     assert all(len(rows) == 1 for rows in lost) and len(set.union(*lost)) > 3
 
@@ -151,9 +146,7 @@ def test_batches_are_padded_rows(lengths: np.ndarray, batch_size: int, multiple:
             expected["attention_mask"].append([1] * n + [0] * gap)
             expected["token_type_ids"].append([1] * n + [0] * gap)
         assert {name: values.tolist() for name, values in inputs.items()} == expected
-        assert all(
-            values.dtype == torch.int64 for values in (*inputs.values(), batch["labels"], batch["rows"])
-        )
+        assert all(values.dtype == torch.int64 for values in (*inputs.values(), batch["labels"], batch["rows"]))
         assert batch["labels"].tolist() == rows
         assert batch["valid"].dtype == torch.bool and batch["valid"].all()
 
@@ -195,9 +188,7 @@ def rows_read(loader: Loader, count: int | None = None) -> list[list[int]]:
 
 
 @given(size=st.integers(1, 40), batch_size=st.integers(1, 7), epoch=st.integers(0, 2), data=st.data())
-def test_continuing_anywhere_gives_the_rest(
-    size: int, batch_size: int, epoch: int, data: st.DataObject
-) -> None:
+def test_continuing_anywhere_gives_the_rest(size: int, batch_size: int, epoch: int, data: st.DataObject) -> None:
     lengths = np.arange(size) % 5 + 1
     whole = rows_read(loader_of(lengths, batch_size, epoch=lambda: epoch))
     stop = data.draw(st.integers(1, len(whole)))

@@ -88,11 +88,7 @@ def test_tokenizer_is_like_berts() -> None:
 
 
 def test_unknown_task_and_split() -> None:
-    with pytest.raises(
-        UsageError, match="task is 'toy_poems'; allowed for generated data: toy_sentiment, toy"
-    ):
+    with pytest.raises(UsageError, match="task is 'toy_poems'; allowed for generated data: toy_sentiment, toy"):
         toy_rows("toy_poems", "train")
-    with pytest.raises(
-        UsageError, match="split is 'dev'; allowed for generated data: train, validation, test"
-    ):
+    with pytest.raises(UsageError, match="split is 'dev'; allowed for generated data: train, validation, test"):
         toy_rows("toy_pairs", "dev")

@@ -11,14 +11,7 @@ import pytest
 import torch
 
 from peft_lightning.errors import CheckpointError
-from peft_lightning.files.manifest import (
-    FORMAT,
-    MANIFEST_KEY,
-    check_fingerprint,
-    check_tensors,
-    read_file,
-    write_adapter,
-)
+from peft_lightning.files.manifest import FORMAT, MANIFEST_KEY, read_file, write_adapter
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.mask": torch.tensor([[True, False]])}
 
@@ -101,26 +94,3 @@ def test_a_runs_folder_gives_the_best_checkpoint_before_the_last(tmp_path: Path)
     assert read_file(tmp_path)["which"] == "last"
     checkpoint(tmp_path / "best.ckpt", which="best")
     assert read_file(tmp_path)["which"] == "best"
-
-
-def test_differences_are_listed_both_ways() -> None:
-    given = {"x": torch.zeros(2), "extra": torch.zeros(1), "d": torch.zeros(1, dtype=torch.float64)}
-    expected = {"x": torch.zeros(3), "absent": torch.zeros(1), "d": torch.zeros(1)}
-    with pytest.raises(CheckpointError) as caught:
-        check_tensors(given, expected, "file")
-    message = str(caught.value)
-    assert "missing 1: absent" in message and "unexpected 1: extra" in message
-    assert "x ((2,) torch.float32, expected (3,) torch.float32)" in message
-    assert "d ((1,) torch.float64" in message
-    check_tensors(expected, expected, "file")
-
-
-def test_another_backbone() -> None:
-    one = {"model_type": "bert", "hidden_size": 64, "weights": "aa"}
-    check_fingerprint(one, one, "file")
-    with pytest.raises(CheckpointError, match="another backbone.*hidden_size 32 here 64"):
-        check_fingerprint({**one, "hidden_size": 32}, one, "file")
-    with pytest.raises(CheckpointError, match="same shape with other weights"):
-        check_fingerprint({**one, "weights": "bb"}, one, "file")
-    with pytest.raises(CheckpointError, match="another backbone"):
-        check_fingerprint(None, one, "file")

@@ -36,6 +36,11 @@ def test_logits_are_those_by_hand_in_float32(style: str, dtype: torch.dtype) -> 
     assert_close(logits, by_hand(head, hidden))
 
 
+def test_a_head_in_another_dtype_stays_in_it() -> None:
+    head = ClassificationHead(16, 3, "dense", 0.0).double()
+    assert head(torch.randn(2, 5, 16)).dtype == torch.float64
+
+
 def test_only_the_first_token_is_read() -> None:
     head = ClassificationHead(16, 3, "dense", 0.0)
     hidden = torch.randn(2, 5, 16, requires_grad=True)
@@ -62,12 +67,15 @@ def test_styles_differ_in_their_parameters() -> None:
 
 
 @pytest.mark.parametrize(("style", "linears"), [("dense", 2), ("linear", 1)])
-def test_dropout_comes_before_each_linear_map(
-    style: str, linears: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropout_comes_before_each_linear_map(style: str, linears: int, monkeypatch: pytest.MonkeyPatch) -> None:
     head = ClassificationHead(8, 2, style, 0.25)
     seen = []
-    monkeypatch.setattr(head.dropout, "forward", lambda state: seen.append(state.dtype) or state)
+
+    def forward(state: Tensor) -> Tensor:
+        seen.append(state.dtype)
+        return state
+
+    monkeypatch.setattr(head.dropout, "forward", forward)
     head(torch.randn(3, 4, 8, dtype=torch.bfloat16))
     assert seen == [torch.float32] * linears
     assert head.dropout.p == 0.25

@@ -17,9 +17,7 @@ SITES = ["encoder.layer.0.attention.output", "encoder.layer.0.output", "encoder.
 
 def bert() -> BertModel:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     return BertModel(config, add_pooling_layer=False).eval()
 
 

@@ -81,7 +81,9 @@ def test_trained_parameters_are_counted_without_the_removed() -> None:
     before = m.summary()
     m.install_masks(batches(1))
     after = m.summary()
-    assert before["trained_parameters"] - after["trained_parameters"] == before["prunable_weights"] - after["kept_weights"]
+    assert (
+        before["trained_parameters"] - after["trained_parameters"] == before["prunable_weights"] - after["kept_weights"]
+    )
     assert before["trained_parameters"] == sum(p.numel() for p in m.trainable_parameters().values())
     assert after["kept_share"] == pytest.approx(0.6, abs=1e-4)
 
@@ -89,7 +91,7 @@ def test_trained_parameters_are_counted_without_the_removed() -> None:
 def test_scoring_leaves_no_gradient_and_restores_every_mode() -> None:
     m = module()
     m.train()
-    m.backbone.encoder.layer[0].eval()  # type: ignore[union-attr, operator]
+    m.backbone.get_submodule("encoder.layer.0").eval()
     modes = {name: part.training for name, part in m.named_modules()}
     m.install_masks(batches(2))
     assert {name: part.training for name, part in m.named_modules()} == modes
@@ -159,7 +161,10 @@ def test_nothing_to_score_on() -> None:
         ({"adapter": {"bottleneck": 0}}, "bottleneck = 0: must be at least 1"),
         ({"adapter": {"target": "decoder"}}, "matches no site; there are: encoder.layer.0.attention.output"),
         ({"adapter": {"ghost": 1}}, "AdapterConfig: .*ghost"),
-        ({"backbone": {**tiny(), "config": {"model_type": "gpt2"}}}, "backbone of type 'gpt2': adapters know"),
+        (
+            {"backbone": {**tiny(), "config": {"model_type": "gpt2"}}},
+            "backbone of type 'gpt2': adapters know",
+        ),
     ],
 )
 def test_wrong_values(options: dict[str, Any], message: str) -> None:

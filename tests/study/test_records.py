@@ -53,9 +53,7 @@ def test_environment_says_what_ran() -> None:
     json.dumps(found, allow_nan=False)
 
 
-def test_a_source_change_is_dirty_and_a_result_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_change_is_dirty_and_a_result_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "peft_lightning" / "study" / "records.py"
     result = tmp_path / "benchmarks" / "results" / "run.json"
     for path in (source, result):

@@ -9,9 +9,7 @@ import pytest
 from peft_lightning.errors import DataError, UsageError
 from peft_lightning.study.tables import generated, markdown_table, write_generated
 
-_TEXT = (
-    "# Title\n\n<!-- generated: a -->\nold\n<!-- end: a -->\nmiddle\n<!-- generated: b -->\n<!-- end: b -->\n"
-)
+_TEXT = "# Title\n\n<!-- generated: a -->\nold\n<!-- end: a -->\nmiddle\n<!-- generated: b -->\n<!-- end: b -->\n"
 
 
 def test_table() -> None:

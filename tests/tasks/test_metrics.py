@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.multiprocessing.spawn import start_processes
 from torch.testing import assert_close
 
 from peft_lightning.errors import UsageError
@@ -51,14 +52,10 @@ def test_class_metrics_equal_the_oracle(outputs: int, data: st.DataObject) -> No
     assert values == pytest.approx(expected, abs=1e-6)
 
 
-@given(
-    pairs=st.lists(st.tuples(st.integers(-20, 20), st.integers(-3, 3)), max_size=30), size=st.integers(1, 7)
-)
+@given(pairs=st.lists(st.tuples(st.integers(-20, 20), st.integers(-3, 3)), max_size=30), size=st.integers(1, 7))
 def test_number_metrics_equal_the_oracle(pairs: list[tuple[int, int]], size: int) -> None:
     values = computed(list(NUMBERS), 1, cut(pairs, size), torch.float32)
-    expected = {
-        name: oracle([p for p, _ in pairs], [t for _, t in pairs]) for name, oracle in NUMBERS.items()
-    }
+    expected = {name: oracle([p for p, _ in pairs], [t for _, t in pairs]) for name, oracle in NUMBERS.items()}
     assert values == pytest.approx(expected, abs=1e-6)
 
 
@@ -91,7 +88,7 @@ def _rank(rank: int, store: str, results: str) -> None:
 def test_ranks_of_different_size_agree_with_one_process(tmp_path: Path) -> None:
     folder = str(tmp_path)
     # Forked, since a fresh interpreter would import torch again: six seconds of this test.
-    torch.multiprocessing.start_processes(_rank, (f"{folder}/store", folder), nprocs=2, start_method="fork")
+    start_processes(_rank, (f"{folder}/store", folder), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     expected = {
         "accuracy": 1 / 3,

@@ -75,7 +75,5 @@ def test_wrong_fields(fields: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("name", ["mprc", "", 7])
 def test_unknown_name_lists_the_known_ones(name: Any) -> None:
-    with pytest.raises(
-        UsageError, match=rf"task is {name!r}; allowed: cola, sst2, mrpc, .*toy_similarity, or"
-    ):
+    with pytest.raises(UsageError, match=rf"task is {name!r}; allowed: cola, sst2, mrpc, .*toy_similarity, or"):
         get_task(name)

@@ -47,9 +47,7 @@ class ManyLabels(Kind):
         return labels.float().mean(0).round()
 
     def decode(self, logits: Tensor) -> list[dict[str, Any]]:
-        return [
-            {"labels": [n for n, z in zip(self.task.labels, row, strict=True) if z > 0]} for row in logits
-        ]
+        return [{"labels": [n for n, z in zip(self.task.labels, row, strict=True) if z > 0]} for row in logits]
 
 
 class NoKind:
@@ -147,9 +145,7 @@ def test_text_that_is_no_string_names_the_row(text: Any) -> None:
 
 @pytest.mark.parametrize("label", [3, -1, None, 1.0, "great", "1", True])
 def test_classify_refuses_a_label(label: Any) -> None:
-    with pytest.raises(
-        DataError, match=r"row 0, column 'label': .*; allowed: 0 to 2, or one of bad, fair, good"
-    ):
+    with pytest.raises(DataError, match=r"row 0, column 'label': .*; allowed: 0 to 2, or one of bad, fair, good"):
         encode(THREE, {"text": ["cat"], "label": [label]})
 
 

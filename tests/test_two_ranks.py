@@ -1,0 +1,90 @@
+"""Two CPU processes over gloo agree with each other to the bit and with one process to 1e-5."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from peft_lightning.callbacks.log import MetricsCSV
+from peft_lightning.module import MethodModule
+from tests.toy import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def finish(words: list[str], **options: Any) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=150, cwd=ROOT, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (1, 2)}
+    for ranks, folder in folders.items():
+        finish([sys.executable, "-m", "tests.two_ranks_worker", str(folder), str(ranks)])
+    return folders
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
+def test_as_one_process(method: type[MethodModule], ends: dict[int, Path]) -> None:
+    name = method.__name__
+    one = torch.load(ends[1] / f"{name}-0.pt", weights_only=True)
+    two = [torch.load(ends[2] / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for key, tensor in two[0]["state"].items():
+        assert torch.equal(tensor, two[1]["state"][key]), f"ranks differ in {key}"
+    assert two[0]["test"] == two[1]["test"]
+    masks = {key: tensor for key, tensor in one["state"].items() if tensor.dtype == torch.bool}
+    for key, mask in masks.items():
+        assert torch.equal(mask, two[0]["state"][key]), key
+    series = [
+        [
+            (row["step"], float(row["train/loss"]))
+            for row in MetricsCSV(ends[ranks] / name).read()
+            if "train/loss" in row
+        ]
+        for ranks in (1, 2)
+    ]
+    assert len(series[0]) == 10  # 75 rows in global batches of 16, two epochs
+    assert [step for step, _ in series[0]] == [step for step, _ in series[1]]
+    assert_close([loss for _, loss in series[1]], [loss for _, loss in series[0]], rtol=1e-5, atol=1e-5)
+    assert_close(two[0]["state"], one["state"], rtol=1e-4, atol=1e-5)
+    # 17 test rows in shards of 9 and 8: a repeated or lost row would change these
+    assert_close(two[0]["test"], one["test"], rtol=1e-5, atol=1e-5)
+    assert (one["test"][0]["test/accuracy"] * 17) == pytest.approx(
+        round(one["test"][0]["test/accuracy"] * 17), abs=1e-4
+    )
+
+
+def test_only_rank_0_writes(ends: dict[int, Path]) -> None:
+    files = {ranks: sorted(p.name for p in (ends[ranks] / METHODS[0].__name__).iterdir()) for ranks in (1, 2)}
+    assert files[1] == files[2] == ["best.ckpt", "last.ckpt", "metrics.csv"]
+
+
+def test_the_ddp_overlay(tmp_path: Path) -> None:
+    configs = [f"configs/{name}.yaml" for name in ("sparse_adapter", "overlays/toy", "overlays/ddp", "overlays/cpu")]
+    words = [sys.executable, "-m", "peft_lightning", "fit", "--run_dir", str(tmp_path / "run")]
+    words += [word for config in configs for word in ("--config", config)]
+    words += ["--trainer.devices", "2", "--trainer.max_epochs", "1"]
+    printed = finish(words)
+    assert printed.count("kept share") == 1  # one process reports
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["steps"] == 32  # 2,048 rows in global batches of 64
+    words = [
+        sys.executable,
+        "-m",
+        "peft_lightning",
+        "predict",
+        "--ckpt_path",
+        str(tmp_path / "run" / "best.ckpt"),
+    ]
+    finish([*words, "--config", "configs/overlays/ddp.yaml", "--trainer.accelerator", "cpu"])
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == list(range(256))
