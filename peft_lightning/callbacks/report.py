@@ -1,4 +1,4 @@
-"""What a person reads when a run is over: a table on the screen, ``report.json`` and the exported adapter in its folder."""
+"""What a person reads when a run is over: a table, ``report.json`` and the exported adapter in the run's folder."""
 
 from __future__ import annotations
 

@@ -157,8 +157,9 @@ def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(number: signal.Signals, tmp_path: Path) -> None:
-    words = ["--trainer.max_epochs", "3", "--trainer.accumulate_grad_batches", "3", "--trainer.log_every_n_steps", "1",
-             "--save_every_n_steps", "5", "--trainer.val_check_interval", "30", "--data.init_args.batch_size", "8"]  # fmt: skip
+    settings = {"max_epochs": 3, "accumulate_grad_batches": 3, "log_every_n_steps": 1, "val_check_interval": 30}
+    words = [word for name, value in settings.items() for word in (f"--trainer.{name}", str(value))]
+    words += ["--save_every_n_steps", "5", "--data.init_args.batch_size", "8"]
     command("fit", *CONFIGS, "--run_dir", str(tmp_path / "whole"), *words)
     for steps in (12, 100):
         process = start(tmp_path / "parts", *words, "--resume", "auto")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,14 @@ def test_many_rows_keep_their_order(cache_dir: Path) -> None:
         assert lengths.tolist() == [encoded[row] for row in batch["rows"].tolist()]
 
 
+def test_seed_changes_the_order(cache_dir: Path) -> None:
+    orders = []
+    for seed in (1, 1, 2):
+        loader = module(seed=seed).train_dataloader()
+        orders.append([row for batch in loader for row in batch["rows"].tolist()])
+    assert orders[0] == orders[1] != orders[2]
+
+
 # -- the cache
 
 
@@ -158,6 +167,18 @@ def test_whatever_changes_the_result_changes_the_key(
     assert len(tokenizations) == 2
 
 
+def test_a_changed_kind_changes_the_key(
+    cache_dir: Path, tokenizations: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(_: type) -> str:
+        raise OSError("no source code, as in a console")
+
+    for getsource in (lambda _: "class Kind: old", lambda _: "class Kind: new", unreadable, unreadable):
+        monkeypatch.setattr(inspect, "getsource", getsource)
+        module(TASK, rows={"train": ROWS}).labels("train")
+    assert len(tokenizations) == 3
+
+
 def test_labelled_and_unlabelled_rows_have_different_keys(cache_dir: Path, tokenizations: list[int]) -> None:
     data = module(TASK, rows={"test": ROWS})
     data.setup("predict")
@@ -209,6 +230,12 @@ def test_wrong_rows_name_place_and_row(cache_dir: Path, row: dict[str, Any], mes
     with pytest.raises(DataError, match=message):
         module(TASK, rows={"train": [*ROWS, row]}).labels("train")
     assert not list(cache_dir.iterdir())
+
+
+def test_row_numbers_count_over_the_whole_split(cache_dir: Path) -> None:
+    rows = [*(ROWS * 600), {"text": "cat", "label": 9}]
+    with pytest.raises(DataError, match=r"row 1200, column 'label': the label is 9"):
+        module(TASK, rows={"train": rows}).labels("train")
 
 
 def test_wrong_row_of_a_file_names_the_file(cache_dir: Path, tmp_path: Path) -> None:
