@@ -71,7 +71,7 @@ def load_tokenizer(name: str) -> Any:
         UsageError: if it cannot be loaded or has no padding token.
     """
     if name == "toy":
-        from peft_lightning.data.toy import toy_tokenizer
+        from peft_lightning.backbones.toy import toy_tokenizer
 
         return toy_tokenizer()
     from transformers import AutoTokenizer

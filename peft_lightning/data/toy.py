@@ -10,33 +10,12 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft_lightning.backbones.toy import TOY_WORDS
 from peft_lightning.errors import UsageError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-_DETERMINERS = ("the", "this", "that")
-_COLOURS = ("red", "black", "white", "brown", "grey", "yellow")
-_ANIMALS = ("cat", "dog", "horse", "fish")
-_VERBS = ("sleeps", "runs", "eats", "plays")
-_COPULAS = ("is", "looks", "seems")
-_NEGATIONS = ("not", "hardly")
-_GOOD = ("good", "clever", "brave")
-_BAD = ("bad", "silly", "lazy")
-_SIZES = ("tiny", "small", "average", "large", "huge")
-_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_WORDS = (*_DETERMINERS, *_COLOURS, *_ANIMALS, *_VERBS, *_COPULAS, *_NEGATIONS, *_GOOD, *_BAD, *_SIZES)
-
-TOY_VOCABULARY = (
-    *_SPECIAL,
-    *_WORDS,
-    # A multiple of 8 keeps the matrix products of a masked-language-model head aligned.
-    *(f"[unused{i}]" for i in range(-(len(_SPECIAL) + len(_WORDS)) % 8)),
-)
-
+_DETERMINERS, _COLOURS, _ANIMALS, _VERBS, _COPULAS, _NEGATIONS, _GOOD, _BAD, _SIZES = TOY_WORDS.values()
 _ROWS = {"train": 2048, "validation": 256, "test": 256}
 # Which eighths of all examples belong to a split.
 _EIGHTHS = {"train": range(2, 8), "validation": range(0, 1), "test": range(1, 2)}
@@ -97,30 +76,3 @@ def toy_rows(task: str, split: str, size: int | None = None, seed: int = 0) -> l
         if zlib.crc32(text.encode()) % 8 in _EIGHTHS[split]:
             rows.append(row)
     return rows
-
-
-@lru_cache(maxsize=1)
-def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer of the toy language: a token per word, BERT's special tokens and token types."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    numbers = {word: number for number, word in enumerate(TOY_VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, numbers[token]) for token in ("[CLS]", "[SEP]")],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        model_max_length=512,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-    )

@@ -13,8 +13,9 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from peft_lightning import load
+from peft_lightning.backbones.toy import toy_tokenizer
 from peft_lightning.callbacks.log import MetricsCSV
-from peft_lightning.data.toy import toy_rows, toy_tokenizer
+from peft_lightning.data.toy import toy_rows
 from peft_lightning.errors import CheckpointError
 from peft_lightning.files.manifest import MANIFEST_KEY
 from peft_lightning.module import MethodModule

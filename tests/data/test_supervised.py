@@ -14,9 +14,10 @@ import torch
 from jsonargparse import ArgumentParser
 from torch.testing import assert_close
 
+from peft_lightning.backbones.toy import toy_tokenizer
 from peft_lightning.data import supervised
 from peft_lightning.data.supervised import TaskDataModule
-from peft_lightning.data.toy import toy_rows, toy_tokenizer
+from peft_lightning.data.toy import toy_rows
 from peft_lightning.errors import DataError, UsageError
 from peft_lightning.tasks.kinds.base import Kind
 from peft_lightning.tasks.table import TASKS, Task, get_task

@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from peft_lightning.data.toy import TOY_VOCABULARY, toy_rows, toy_tokenizer
+from peft_lightning.backbones.toy import TOY_VOCABULARY, toy_tokenizer
+from peft_lightning.data.toy import toy_rows
 from peft_lightning.errors import UsageError
 from peft_lightning.tasks.table import get_task
 

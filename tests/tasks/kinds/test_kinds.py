@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MultilabelAccuracy
 
-from peft_lightning.data.toy import toy_tokenizer
+from peft_lightning.backbones.toy import toy_tokenizer
 from peft_lightning.errors import DataError, UsageError
 from peft_lightning.layers.heads import ClassificationHead
 from peft_lightning.tasks.kinds.base import Kind, build_kind
