@@ -102,8 +102,11 @@ def _time_steps(modules: Mapping[str, Module], steps: int) -> dict[str, list[flo
     batch = {"inputs": inputs, "labels": torch.randint(0, 2, (_ROWS,), generator=random)}
     optimizers = {name: _optimizer(module) for name, module in modules.items()}
     seconds: dict[str, list[float]] = {name: [] for name in modules}
+    names = list(modules)
     for turn in range(_WARM + steps):
-        for name, module in modules.items():
+        # Who goes first changes from turn to turn: what an arm leaves in the caches is then no arm's advantage.
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            module = modules[name]
             started = time.perf_counter()
             _step(module, optimizers[name], batch)
             if turn >= _WARM:

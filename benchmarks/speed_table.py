@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from peft_lightning.study.records import RunRecord
 from peft_lightning.study.tables import markdown_table
 
@@ -20,6 +22,11 @@ _LINES = (
 _STARTUP_GOAL = 15
 
 
+def _paired(record: RunRecord, name: str, reference: str) -> float:
+    """Return the median of the ratios turn by turn: what slows the machine for a while slows both sides."""
+    return median(a / b for a, b in zip(record.series[name], record.series[reference], strict=True))
+
+
 def speed_table(record: RunRecord) -> str:
     """Return the table of a record and the line under it."""
     results = record.results
@@ -31,7 +38,7 @@ def speed_table(record: RunRecord) -> str:
             {
                 "what": title,
                 "milliseconds": f"{1000 * results[name]:.1f}",
-                "ratio": "" if name == reference else f"{results[name] / results[reference]:.3f}",
+                "ratio": "" if name == reference else f"{_paired(record, name, reference):.3f}",
                 "goal": "" if goal is None else f"at most {goal:.2f}",
             }
         )
@@ -44,7 +51,8 @@ def speed_table(record: RunRecord) -> str:
     return (
         f"{markdown_table(rows)}\n\n"
         f"Batches of {config['rows']} rows of {config['tokens']} tokens, float32 where nothing else is said. "
-        f"Medians of {config['steps']} steps in turn (loops: of {config['rounds']} rounds of as many steps). "
+        f"Medians of {config['steps']} steps in turn, ratios turn by turn "
+        f"(loops: of {config['rounds']} rounds of as many steps). "
         f"{environment['device']['name']}, {config['threads']} threads; torch "
         f"{environment['versions']['torch']}; commit {str(environment['commit'])[:12]}{changes}."
     )

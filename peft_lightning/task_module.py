@@ -125,6 +125,19 @@ class TaskModule(MethodModule):
             "kept_share": 1.0,
         }
 
+    def on_fit_start(self) -> None:
+        """Check that the data's tokens are words of the backbone.
+
+        Raises:
+            UsageError: if the tokenizer knows more words than the backbone embeds.
+        """
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        words = cast(Any, self.backbone.config).vocab_size
+        if tokenizer is not None and len(tokenizer) > words:
+            raise UsageError(
+                f"backbone.tokenizer = {self.tokenizer_name!r}: has {len(tokenizer)} words, the backbone embeds {words}"
+            )
+
     # -- steps -----------------------------------------------------------------------------------------------
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -29,7 +29,7 @@ class BackboneConfig:
         tokenizer: folder, hub name, or ``toy``; by default the backbone's own.
         revision: hub revision.
         dtype: of the backbone's weights, float32 or bfloat16; what a method adds stays float32.
-        attention: sdpa or eager.
+        attention: auto (what transformers chooses for the architecture), sdpa or eager.
         gradient_checkpointing: recompute activations in the backward pass.
         compile: run the backbone through torch.compile.
 
@@ -42,7 +42,7 @@ class BackboneConfig:
     tokenizer: str | None = None
     revision: str | None = None
     dtype: str = "float32"
-    attention: str = "sdpa"
+    attention: str = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
 
@@ -51,8 +51,8 @@ class BackboneConfig:
             raise UsageError("backbone: give either name (a folder or hub name) or config (random weights)")
         if self.dtype not in DTYPES:
             raise UsageError(f"backbone.dtype = {self.dtype!r}: must be one of {', '.join(DTYPES)}")
-        if self.attention not in ("sdpa", "eager"):
-            raise UsageError(f"backbone.attention = {self.attention!r}: must be sdpa or eager")
+        if self.attention not in ("auto", "sdpa", "eager"):
+            raise UsageError(f"backbone.attention = {self.attention!r}: must be auto, sdpa or eager")
         if self.config is not None and "model_type" not in self.config:
             raise UsageError("backbone.config: model_type is missing (for instance bert)")
         if self.config is not None and self.tokenizer is None:
@@ -105,19 +105,22 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
             hf_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
         model_class = AutoModel._model_mapping[type(hf_config)]
         extra = {"add_pooling_layer": False} if _takes(model_class, "add_pooling_layer") else {}
-        hf_config._attn_implementation = config.attention
+        if config.attention != "auto":
+            hf_config._attn_implementation = config.attention
         if config.config is not None:
             backbone = model_class(hf_config, **extra).to(DTYPES[config.dtype])
         else:
             with _quiet():
-                backbone = model_class.from_pretrained(
+                backbone, loading = model_class.from_pretrained(
                     config.name,
                     config=hf_config,
                     revision=config.revision,
                     dtype=DTYPES[config.dtype],
-                    attn_implementation=config.attention,
+                    output_loading_info=True,
                     **extra,
                 )
+            if lacking := sorted(loading["missing_keys"]):
+                raise ValueError(f"its weights lack {len(lacking)} tensors of the encoder: {', '.join(lacking[:3])}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"backbone.name = {config.name!r}" if config.name else f"backbone.config = {config.config}"
         raise UsageError(f"{what}: cannot be built ({_first_line(error)})") from error

@@ -159,6 +159,14 @@ class TrainerCLI(LightningCLI):
             text = yaml.safe_dump(effective, sort_keys=False)
             atomic_write(Path(self.options.run_dir) / "config.yaml", lambda file: file.write(text.encode()))
 
+    def after_fit(self) -> None:
+        """Draw what the method decided, where a person would rather look than read."""
+        shares = self.model.summary().get("kept_share_by_matrix")
+        if shares and self.trainer.is_global_zero:
+            from peft_lightning.analysis.plots import draw_shares
+
+            draw_shares(shares, Path(self.options.run_dir) / "kept_share.png")
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         path = self.options.ckpt_path

@@ -190,6 +190,11 @@ class SparseAdapterModule(TaskModule):
             "kept_weights": kept,
             "kept_share": kept / total,
             "score": self.prune.score if self.prune.sparsity else None,
+            "kept_share_by_matrix": {
+                name: float(layer.mask.float().mean())
+                for name, layer in self.prunable().items()
+                if layer.mask is not None
+            },
         }
 
     # -- pruning at initialisation ---------------------------------------------------------------------------

@@ -70,6 +70,10 @@ USAGE: dict[str, tuple[list[str], str]] = {
         ["--model.init_args.backbone.tokenizer", "/no/such/tokenizer"],
         r"tokenizer.*'/no/such/tokenizer'.*cannot be loaded",
     ),
+    "tokenizer too large": (
+        ["--model.init_args.backbone.config.vocab_size", "8"],
+        r"has 40 words, the backbone embeds 8",
+    ),
     "head": (["--model.init_args.head", "round"], "round.*dense"),
     "batch size": (["--data.init_args.batch_size", "0"], "batch_size is 0"),
     "learning rate": (["--model.init_args.optim.lr", "0"], r"optim\.lr = 0\.0: must be above 0"),

@@ -15,7 +15,9 @@ import pytest
 import torch
 import yaml
 
+import peft_lightning.methods as methods
 from peft_lightning import load
+from peft_lightning.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = [
@@ -37,6 +39,11 @@ def command(*words: str, status: int = 0, **options: Any) -> str:
     )
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+@pytest.fixture(autouse=True)
+def _own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["peft-lightning"])
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +98,7 @@ def test_fit_leaves_what_it_promises_and_prints_a_table(run: tuple[Path, str]) -
 
 def test_the_effective_configuration_starts_the_same_run(run: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = run
-    command("fit", "--config", str(folder / "config.yaml"), "--run_dir", str(tmp_path / "again"))
+    main(["fit", "--config", str(folder / "config.yaml"), "--run_dir", str(tmp_path / "again")])
     for name in ("best.ckpt", "last.ckpt"):
         one, two = (torch.load(f / name, weights_only=True)["state_dict"] for f in (folder, tmp_path / "again"))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
@@ -103,10 +110,10 @@ def test_test_validate_and_predict_need_the_checkpoint_only(run: tuple[Path, str
     printed = command("test", "--ckpt_path", checkpoint)
     assert "test accuracy" in printed and "majority class" in printed
     assert not [word for word in ADVERTISEMENTS if word in printed], printed
-    printed = command("validate", "--ckpt_path", checkpoint)
+    main(["validate", "--ckpt_path", checkpoint])
     fit, again = (json.loads((folder / name).read_text())["scores"] for name in ("report.json", "validate.json"))
     assert again["accuracy"] == fit["accuracy"]
-    command("predict", "--ckpt_path", checkpoint)
+    main(["predict", "--ckpt_path", checkpoint])
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == list(range(256))
     for line in lines:
@@ -124,17 +131,30 @@ def test_load_and_predict_from_python(run: tuple[Path, str]) -> None:
         assert set(answer["probabilities"]) == {"negative", "positive"}
 
 
-def test_help_and_print_config_for_every_class() -> None:
-    assert "fit" in command("--help") and "peft-lightning 0" in command("--version")
-    assert "--model.help" in command("fit", "--help")
-    for kind in ("FineTuneModule", "SparseAdapterModule"):
-        printed = command("fit", f"--model.help={kind}")
+def printed_by(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command that only prints prints, in this process."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert not caught.value.code
+    return capsys.readouterr().out
+
+
+def test_help_and_print_config_for_every_class(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "fit" in printed_by(["--help"], capsys)
+    assert "peft-lightning 0" in printed_by(["--version"], capsys)
+    assert "--model.help" in printed_by(["fit", "--help"], capsys)
+    for kind in methods.__all__:
+        printed = printed_by(["fit", f"--model.help={kind}"], capsys)
         assert "backbone" in printed and "optim" in printed and "learning rate" in printed
-    assert "batch_size" in command("fit", "--data.help=TaskDataModule")
-    printed = command("fit", *CONFIGS, "--model.init_args.prune.sparsity", "0.25", "--print_config")
-    config = yaml.safe_load(printed)
+    assert "batch_size" in printed_by(["fit", "--data.help=TaskDataModule"], capsys)
+    words = ["fit", *CONFIGS, "--model.init_args.prune.sparsity", "0.25", "--print_config"]
+    config = yaml.safe_load(printed_by(words, capsys))
     assert config["model"]["init_args"]["prune"]["sparsity"] == 0.25
     assert config["model"]["init_args"]["adapter"]["bottleneck"] == 64
+
+
+def test_no_words_print_the_usage_and_fail() -> None:
     assert "usage" in command(status=2)
 
 
@@ -155,13 +175,13 @@ def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> 
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(number: signal.Signals, tmp_path: Path) -> None:
     settings = {"max_epochs": 3, "accumulate_grad_batches": 3, "log_every_n_steps": 1, "val_check_interval": 30}
     words = [word for name, value in settings.items() for word in (f"--trainer.{name}", str(value))]
     words += ["--save_every_n_steps", "5", "--data.init_args.batch_size", "8"]
     command("fit", *CONFIGS, "--run_dir", str(tmp_path / "whole"), *words)
-    for steps in (12, 100):
+    for steps in (12, 100) if number == signal.SIGTERM else (60,):
         process = start(tmp_path / "parts", *words, "--resume", "auto")
         wait_for_steps(process, tmp_path / "parts", steps)
         process.send_signal(number)

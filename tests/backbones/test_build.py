@@ -1,0 +1,108 @@
+"""Backbones from configurations and folders, their fingerprints, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, PreTrainedTokenizerFast
+
+from peft_lightning.backbones.build import BackboneConfig, build_backbone, fingerprint, load_tokenizer
+from peft_lightning.backbones.families import family_of
+from peft_lightning.backbones.toy import toy_tokenizer
+from peft_lightning.errors import UsageError
+from tests.toy import TINY
+
+
+def build(**options: Any) -> Any:
+    torch.manual_seed(0)
+    return build_backbone(BackboneConfig(**{**TINY, **options}))
+
+
+def test_random_backbone_has_no_pooler_and_fits_the_tokenizer() -> None:
+    backbone = build()
+    assert backbone.pooler is None
+    assert backbone.config.vocab_size >= len(toy_tokenizer()) and backbone.config.vocab_size % 8 == 0
+    assert backbone.training
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    build().save_pretrained(tmp_path / "model")
+    toy_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_folder_loads_to_the_same_weights_in_both_dtypes(folder: Path) -> None:
+    random = build()
+    for dtype in ("float32", "bfloat16"):
+        loaded = build_backbone(BackboneConfig(name=str(folder), dtype=dtype))
+        assert fingerprint(loaded) == fingerprint(random)
+        assert {p.dtype for p in loaded.parameters()} == {getattr(torch, dtype)}
+    assert load_tokenizer(str(folder))("the cat")["input_ids"] == toy_tokenizer()("the cat")["input_ids"]
+
+
+def test_a_folder_that_lacks_weights_is_refused(folder: Path) -> None:
+    deeper = BertConfig.from_pretrained(folder)
+    deeper.num_hidden_layers = 3
+    deeper.save_pretrained(folder)
+    with pytest.raises(UsageError, match=r"lack 16 tensors of the encoder: encoder\.layer\.2"):
+        build_backbone(BackboneConfig(name=str(folder)))
+
+
+def test_the_fingerprint_sees_weights_and_shape(folder: Path) -> None:
+    one, other = build(), build()
+    with torch.no_grad():
+        other.embeddings.word_embeddings.weight[0, 0] += 1
+    assert fingerprint(one)["weights"] != fingerprint(other)["weights"]
+    deeper = build(config={**TINY["config"], "num_hidden_layers": 3})
+    assert fingerprint(deeper)["num_hidden_layers"] == 3
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "deberta-v2", "distilbert"])
+def test_other_encoders_can_be_built(model_type: str) -> None:
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    if model_type == "distilbert":
+        small = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}
+    backbone = build(config={"model_type": model_type, "pad_token_id": 0, **small})
+    ids = torch.tensor([[2, 6, 7, 3]])
+    assert backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.shape == (1, 4, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": None, "config": None}, "give either name .* or config"),
+        ({"name": "x"}, "give either name .* or config"),
+        ({"dtype": "float16"}, r"dtype = 'float16': must be one of float32, bfloat16"),
+        ({"attention": "flash"}, "must be auto, sdpa or eager"),
+        ({"config": {"hidden_size": 8}}, "model_type is missing"),
+        ({"tokenizer": None}, r"backbone\.tokenizer: a backbone made from config needs one"),
+        ({"config": {"model_type": "nosuch"}}, "cannot be built"),
+        ({"config": {"model_type": "bert", "hidden_size": 30, "num_attention_heads": 4}}, "cannot be built"),
+        ({"name": "/no/such/folder", "config": None}, r"backbone\.name = '/no/such/folder': cannot be built"),
+    ],
+)
+def test_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build(**options)
+
+
+def test_a_tokenizer_without_padding_token(tmp_path: Path) -> None:
+    plain = PreTrainedTokenizerFast(tokenizer_object=toy_tokenizer().backend_tokenizer)
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="has no padding token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_an_unknown_tokenizer() -> None:
+    with pytest.raises(UsageError, match="'/no/such/folder': cannot be loaded"):
+        load_tokenizer("/no/such/folder")
+
+
+def test_families() -> None:
+    assert family_of("bert").tail == "dropout"
+    with pytest.raises(UsageError, match="'gpt2': adapters know where to attach in bert only"):
+        family_of("gpt2")

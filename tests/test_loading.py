@@ -1,0 +1,56 @@
+"""From a file to answers, and what a file may not do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peft_lightning import SparseAdapterModule, load
+from peft_lightning.errors import CheckpointError, UsageError
+from peft_lightning.files.manifest import MANIFEST_KEY
+from tests.toy import build, data, tiny, trainer
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("load")
+    module = build(SparseAdapterModule, task="toy_pairs")
+    trainer(folder, max_steps=2).fit(module, datamodule=data(task="toy_pairs"))
+    return folder / "last.ckpt"
+
+
+def test_predict_takes_pairs_rows_and_any_batch_size(file: Path) -> None:
+    module = load(file)
+    pairs = [("the cat runs", "this dog sleeps"), ("that fish eats", "the fish plays now and then")] * 3
+    rows = [{"sentence1": a, "sentence2": b, "ghost": 1} for a, b in pairs]
+    answers = module.predict(pairs)
+    assert module.predict(rows) == answers
+    for one, other in zip(module.predict(pairs, batch_size=1), answers, strict=True):
+        assert one["label"] == other["label"]
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+    assert module.predict([]) == []
+
+
+@pytest.mark.parametrize("texts", ["one string", ["one text"], [("a", "b", "c")], [{"sentence1": "a"}], [(1, 2)]])
+def test_predict_refuses_what_is_not_a_pair(file: Path, texts: Any) -> None:
+    with pytest.raises(UsageError, match="texts"):
+        load(file).predict(texts)
+
+
+def test_another_backbone_is_refused(file: Path) -> None:
+    with pytest.raises(CheckpointError, match="another backbone.*hidden_size"):
+        load(file, backbone={**tiny(), "config": {**tiny()["config"], "hidden_size": 64}})
+    other = {**tiny(), "config": {**tiny()["config"], "initializer_range": 0.1}}
+    with pytest.raises(CheckpointError, match="same shape with other weights"):
+        load(file, backbone=other)
+
+
+def test_a_file_does_not_choose_what_is_imported(file: Path, tmp_path: Path) -> None:
+    content = torch.load(file, weights_only=True)
+    content[MANIFEST_KEY]["hyper_parameters"]["task"]["kind"] = "antigravity.Kind"
+    torch.save(content, tmp_path / "evil.ckpt")
+    with pytest.raises(CheckpointError, match="kind 'antigravity.Kind'; import antigravity first"):
+        load(tmp_path / "evil.ckpt")
