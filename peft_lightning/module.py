@@ -176,8 +176,12 @@ class MethodModule(L.LightningModule, ABC):
             # Lightning refuses to clip with mixed precision when the optimiser is fused.
             fused=True if self.trainer.gradient_clip_val is None else None,
         )
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.factor(step, total))
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise UsageError(
+                "trainer.max_epochs = -1: give trainer.max_steps, or the learning rate's schedule has no end"
+            )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.factor(step, int(total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:

@@ -159,7 +159,8 @@ class TaskModule(MethodModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log validation under the number of optimizer steps done, as training is."""
-        self.log("step", float(self.trainer.global_step), sync_dist=True)
+        if self.trainer.state.fn == "fit":
+            self.log("step", float(self.trainer.global_step), sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Update loss and metrics under ``test/``."""

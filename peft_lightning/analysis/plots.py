@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from peft_lightning.files.atomic import atomic_write
+from peft_lightning.atomic import atomic_write
 
 __all__ = ["draw_shares"]
 

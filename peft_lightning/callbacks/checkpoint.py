@@ -16,9 +16,9 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from peft_lightning.atomic import atomic_write
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.errors import CheckpointError, UsageError
-from peft_lightning.files.atomic import atomic_write
 
 __all__ = ["AtomicCheckpointIO", "RunCheckpoint", "Terminated"]
 

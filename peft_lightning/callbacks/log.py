@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from peft_lightning.files.atomic import atomic_write
+from peft_lightning.atomic import atomic_write
 
 __all__ = ["MetricsCSV"]
 

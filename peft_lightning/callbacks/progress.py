@@ -71,7 +71,8 @@ class ProgressLine(ProgressBar):
         if steps and total != float("inf"):
             left = timedelta(seconds=round((total - trainer.global_step) * passed / steps))
             parts.append(f"{left} left")
-        sys.stderr.write(f"{start}{'  '.join(parts)}{end}")
+        clear = "\x1b[K" if start else ""  # a shorter line must not leave the end of a longer one
+        sys.stderr.write(f"{start}{'  '.join(parts)}{clear}{end}")
         sys.stderr.flush()
 
 

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import DataError
-from peft_lightning.files.atomic import atomic_write
 from peft_lightning.files.manifest import write_adapter
 from peft_lightning.task_module import TaskModule
 

@@ -108,6 +108,7 @@ def _quieten() -> None:
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",
         ".*module.s. in eval mode.*",
+        ".*callbacks used to create the checkpoint.*",
         ".*Checkpoint directory.*exists and is not empty.*",
         r".*isinstance\(treespec, LeafSpec\).*",
     ):

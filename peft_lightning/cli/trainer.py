@@ -17,12 +17,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 import peft_lightning.data.supervised
 import peft_lightning.methods  # noqa: F401
+from peft_lightning.atomic import atomic_write
 from peft_lightning.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.callbacks.progress import ProgressLine
 from peft_lightning.callbacks.report import Report
 from peft_lightning.errors import UsageError
-from peft_lightning.files.atomic import atomic_write
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.module import MethodModule
 
@@ -67,6 +67,8 @@ class TrainerCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder and refuse what cannot go on, before anything is loaded."""
         options = self.options
+        if options.trainer.default_root_dir is not None:
+            raise UsageError("--trainer.default_root_dir: the run's folder is chosen by --run_dir")
         if self.subcommand != "fit":
             if options.run_dir is None:
                 if not options.ckpt_path:
@@ -84,7 +86,10 @@ class TrainerCLI(LightningCLI):
             raise UsageError(f"--resume = {options.resume!r}: must be 'auto'")
         if options.resume and options.ckpt_path:
             raise UsageError("--resume auto and --ckpt_path: give one of them")
-        if _first_rank() and folder.exists() and any(folder.iterdir()) and not options.resume:
+        # A run that failed before its first checkpoint leaves its configuration only: nothing to protect.
+        harmless = {"config.yaml", "tensorboard"}
+        taken = folder.exists() and any(entry.name not in harmless for entry in folder.iterdir())
+        if _first_rank() and taken and not options.resume:
             raise UsageError(
                 f"--run_dir = {folder}: exists already; add --resume auto to go on with it, or name another folder"
             )
@@ -124,7 +129,8 @@ class TrainerCLI(LightningCLI):
         callbacks: list[L.Callback] = [Report(folder)]
         if config.get("enable_progress_bar") is not False:
             callbacks.insert(0, ProgressLine())
-        if self.subcommand == "fit":
+        checkpoints = self.subcommand == "fit" and config.get("enable_checkpointing") is not False
+        if checkpoints:
             callbacks.append(RunCheckpoint(folder, self.options.save_every_n_steps))
         loggers: Any = config.get("logger")
         if loggers in (None, True):
@@ -132,11 +138,9 @@ class TrainerCLI(LightningCLI):
         return super().instantiate_trainer(
             default_root_dir=str(folder),
             logger=loggers,
-            enable_checkpointing=self.subcommand == "fit",
-            enable_model_summary=False,
+            enable_checkpointing=checkpoints,
             callbacks=[*(config.get("callbacks") or []), *callbacks],
             plugins=[*(config.get("plugins") or []), AtomicCheckpointIO()],
-            use_distributed_sampler=False,
             **kwargs,
         )
 
@@ -213,7 +217,7 @@ def run(words: list[str]) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=42,
-            trainer_defaults={"num_sanity_val_steps": 0},
+            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
             parser_kwargs={**parser_options, **{name: parser_options for name in TrainerCLI.subcommands()}},
         )
 

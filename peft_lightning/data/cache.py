@@ -17,10 +17,11 @@ import os
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import DataError
 
 if TYPE_CHECKING:
@@ -125,18 +126,13 @@ def _checksum(data: Encoded) -> bytes:
 def _write(path: Path, key: str, batch: pa.RecordBatch) -> None:
     import pyarrow as pa
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     schema = batch.schema.with_metadata({"key": key, "checksum": _checksum(_views(batch))})
-    try:
-        with temporary.open("wb") as file:
-            with pa.ipc.new_file(file, schema) as writer:
-                writer.write_batch(batch)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def write(file: BinaryIO) -> None:
+        with pa.ipc.new_file(file, schema) as writer:
+            writer.write_batch(batch)
+
+    atomic_write(path, write)
 
 
 def _read(path: Path, key: str) -> Encoded:

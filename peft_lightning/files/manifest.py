@@ -18,8 +18,8 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import CheckpointError
-from peft_lightning.files.atomic import atomic_write
 
 __all__ = ["FORMAT", "MANIFEST_KEY", "read_file", "write_adapter"]
 

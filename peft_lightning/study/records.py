@@ -17,8 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import DataError, UsageError
-from peft_lightning.files.atomic import atomic_write
 
 __all__ = ["RunRecord", "environment", "read_record", "write_record"]
 

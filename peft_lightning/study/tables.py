@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import DataError, UsageError
-from peft_lightning.files.atomic import atomic_write
 
 __all__ = ["generated", "markdown_table", "write_generated"]
 

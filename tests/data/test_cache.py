@@ -113,7 +113,7 @@ def test_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest
     for name in ("fsync", "replace"):
         monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
     cached(tmp_path, "key", batch)
-    assert order == ["fsync", "replace"]
+    assert order == ["fsync", "replace", "fsync"]  # the file, its new name, the folder that holds the name
 
 
 def test_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

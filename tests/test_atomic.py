@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import pytest
 
-from peft_lightning.files.atomic import atomic_write
+from peft_lightning.atomic import atomic_write
 
 
 def test_replaces_the_content(tmp_path: Path) -> None:
