@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Two workers suit two cores; each test process computes with one thread.
-TEST_ARGS ?= -n 2 --dist worksteal
+TEST_ARGS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help setup encoder demo test lint bench-mrpc bench-speed clean

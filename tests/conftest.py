@@ -72,6 +72,11 @@ def _leaves_nothing_behind() -> Iterator[None]:
     assert not left, f"tests left files in the repository: {sorted(left)}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the long tests, those that start processes of their own, so that no worker ends long after another."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 @pytest.fixture
 def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return an empty folder that is this test's cache of encoded data."""

@@ -16,6 +16,8 @@ from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.module import MethodModule
 from tests.toy import METHODS
 
+# One worker runs all of these: they share the processes' results.
+pytestmark = pytest.mark.xdist_group("two ranks")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -68,23 +70,25 @@ def test_only_rank_0_writes(ends: dict[int, Path]) -> None:
     assert files[1] == files[2] == ["best.ckpt", "last.ckpt", "metrics.csv"]
 
 
-def test_the_ddp_overlay(tmp_path: Path) -> None:
+def fit_on_two(folder: Path) -> str:
+    """One epoch of the toy run through the ddp overlay."""
     configs = [f"configs/{name}.yaml" for name in ("sparse_adapter", "overlays/toy", "overlays/ddp", "overlays/cpu")]
-    words = [sys.executable, "-m", "peft_lightning", "fit", "--run_dir", str(tmp_path / "run")]
+    words = [sys.executable, "-m", "peft_lightning", "fit", "--run_dir", str(folder)]
     words += [word for config in configs for word in ("--config", config)]
-    words += ["--trainer.devices", "2", "--trainer.max_epochs", "1"]
-    printed = finish(words)
+    return finish([*words, "--trainer.devices", "2", "--trainer.max_epochs", "1"])
+
+
+def test_the_ddp_overlay(tmp_path: Path) -> None:
+    printed = fit_on_two(tmp_path / "run")
     assert printed.count("kept share") == 1  # one process reports
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["steps"] == 32  # 2,048 rows in global batches of 64
-    words = [
-        sys.executable,
-        "-m",
-        "peft_lightning",
-        "predict",
-        "--ckpt_path",
-        str(tmp_path / "run" / "best.ckpt"),
-    ]
+
+
+@pytest.mark.slow
+def test_predictions_of_two_ranks_are_whole_and_in_order(tmp_path: Path) -> None:
+    fit_on_two(tmp_path / "run")
+    words = [sys.executable, "-m", "peft_lightning", "predict", "--ckpt_path", str(tmp_path / "run" / "best.ckpt")]
     finish([*words, "--config", "configs/overlays/ddp.yaml", "--trainer.accelerator", "cpu"])
     lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in lines] == list(range(256))

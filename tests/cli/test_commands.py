@@ -19,6 +19,7 @@ import peft_lightning.methods as methods
 from peft_lightning import load
 from peft_lightning.cli.main import main
 
+pytestmark = pytest.mark.xdist_group("commands")
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = [
     "--config", str(ROOT / "configs/sparse_adapter.yaml"),

@@ -172,6 +172,18 @@ def test_compiles_without_graph_breaks_and_copies(method: type[MethodModule]) ->
     assert_close(module(batch["inputs"]), expected)
 
 
+@pytest.mark.slow
+def test_the_compile_setting_trains_alike(method: type[MethodModule], tmp_path: Path) -> None:
+    for compiled in (False, True):
+        module = build(method, dropout=0.0, backbone=tiny(0.0, compile=compiled))
+        trainer(tmp_path / str(compiled), max_steps=5).fit(module, datamodule=data())
+    one, two = ([float(loss) for loss in losses(tmp_path / str(compiled))] for compiled in (False, True))
+    assert_close(two, one, rtol=1e-4, atol=1e-5)
+    assert set(torch.load(tmp_path / "True" / "last.ckpt", weights_only=True)["state_dict"]) == set(
+        module.owned_state()
+    )
+
+
 def test_accumulation_equals_the_large_batch(method: type[MethodModule]) -> None:
     """Groups of 2 x 8 rows equal batches of 16, also in the epoch's last, shorter group."""
     rows = toy_rows("toy_sentiment", "train", size=40)
