@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take SIGTERM over from Lightning, which would end inside an accumulation; it restores it at the end."""
-        signal.signal(signal.SIGTERM, self._remember_signal)
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
+            signal.signal(signal.SIGTERM, self._remember_signal)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

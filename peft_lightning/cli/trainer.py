@@ -28,7 +28,7 @@ from peft_lightning.module import MethodModule
 
 __all__ = ["TrainerCLI", "run"]
 
-LINKED = ("task", "seed")  # options of the model that follow others
+LINKED = ("task", "seed", "max_length")  # options of the model that follow others
 
 
 class TrainerCLI(LightningCLI):
@@ -45,6 +45,7 @@ class TrainerCLI(LightningCLI):
         )
         parser.add_argument("--save_every_n_steps", type=int, default=200, help="optimizer steps between checkpoints")
         parser.link_arguments("data.init_args.task", "model.init_args.task")
+        parser.link_arguments("data.init_args.max_length", "model.init_args.max_length")
         parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
         parser.link_arguments("model.init_args.backbone", "data.init_args.tokenizer", compute_fn=_tokenizer_of)
