@@ -57,6 +57,8 @@ class Arm:
 ARMS = (
     Arm(name="full", sparsity=None, lr=1e-4, epochs=3, dtype="float32"),
     Arm(name="houlsby", sparsity=0.0, lr=1e-3, epochs=5, dtype="bfloat16"),
+    # Against "houlsby": what holding the frozen backbone in bfloat16 does to the metric.
+    Arm(name="houlsby32", sparsity=0.0, lr=1e-3, epochs=5, dtype="float32"),
     Arm(name="snip40", sparsity=0.4, lr=1e-3, epochs=5, dtype="bfloat16"),
 )
 

@@ -16,8 +16,9 @@ __all__ = ["mrpc_table", "write_tables"]
 
 _TITLES = {
     "full": "full fine-tuning",
-    "houlsby": "Houlsby adapters, dense",
-    "snip40": "SparseAdapter, 40 % removed by SNIP",
+    "houlsby": "Houlsby adapters, dense, backbone in bfloat16",
+    "houlsby32": "Houlsby adapters, dense, backbone in float32",
+    "snip40": "SparseAdapter, 40 % removed by SNIP, backbone in bfloat16",
 }
 _MARGIN = 0.05
 _PLACES = {"README": ROOT / "README.md", "RESULTS": ROOT / "benchmarks" / "RESULTS.md"}
@@ -98,7 +99,7 @@ def _warning(records: Mapping[str, Sequence[RunRecord]], majority: float) -> str
     """Say so where a dense arm does not beat the majority class clearly: then nothing here is a result."""
     weak = [
         _TITLES.get(name, name)
-        for name in ("full", "houlsby")
+        for name in ("full", "houlsby", "houlsby32")
         if records.get(name) and fmean(_values(records[name], "accuracy")) < majority + _MARGIN
     ]
     return f"\n\n**Failed setup:** less than 5 points over the majority class: {', '.join(weak)}." if weak else ""
