@@ -31,7 +31,6 @@ from peft_lightning.study.records import RunRecord, read_record, write_record
 __all__ = ["ARMS", "Arm", "main"]
 
 _CONSOLE = Console(highlight=False, soft_wrap=True)
-_SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +42,11 @@ class Arm:
     lr: float
     epochs: int
     dtype: str
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a run of this arm is made of, for its record."""
+        return {name: value for name, value in asdict(self).items() if name != "seeds"}
 
     def module(self, seed: int, tiny: bool) -> FineTuneModule | SparseAdapterModule:
         """Return the untrained module of a seed."""
@@ -57,8 +61,9 @@ class Arm:
 ARMS = (
     Arm(name="full", sparsity=None, lr=1e-4, epochs=3, dtype="float32"),
     Arm(name="houlsby", sparsity=0.0, lr=1e-3, epochs=5, dtype="bfloat16"),
-    # Against "houlsby": what holding the frozen backbone in bfloat16 does to the metric.
-    Arm(name="houlsby32", sparsity=0.0, lr=1e-3, epochs=5, dtype="float32"),
+    # Against "houlsby": what holding the frozen backbone in bfloat16 does to the metric. A third seed would take the
+    # whole past 45 minutes.
+    Arm(name="houlsby32", sparsity=0.0, lr=1e-3, epochs=5, dtype="float32", seeds=(0, 1)),
     Arm(name="snip40", sparsity=0.4, lr=1e-3, epochs=5, dtype="bfloat16"),
 )
 
@@ -171,17 +176,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder: Path = options.out or default
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     environment = clean_environment(options.allow_dirty or options.tiny)
-    for seed in _SEEDS[: 2 if options.tiny else None]:
-        for arm in ARMS:
-            epochs = 1 if options.tiny else arm.epochs
-            settings = asdict(arm) | {"seed": seed, "epochs": epochs, "batch_size": 32, "tiny": options.tiny}
-            path = folder / f"{arm.name}-seed{seed}.json"
-            if _finished(path, settings):
-                _CONSOLE.print(f"{path.stem}: on record")
-                continue
-            record = _run(arm, seed, settings, environment)
-            write_record(path, record)
-            _CONSOLE.print(f"{path.stem}: accuracy {record.results['accuracy']:.3f} in {record.seconds:.0f} s")
+    turns = [(seed, arm) for seed in (0, 1, 2) for arm in ARMS if seed in arm.seeds[: 2 if options.tiny else None]]
+    for seed, arm in turns:
+        epochs = 1 if options.tiny else arm.epochs
+        settings = arm.settings() | {"seed": seed, "epochs": epochs, "batch_size": 32, "tiny": options.tiny}
+        path = folder / f"{arm.name}-seed{seed}.json"
+        if _finished(path, settings):
+            _CONSOLE.print(f"{path.stem}: on record")
+            continue
+        record = _run(arm, seed, settings, environment)
+        write_record(path, record)
+        _CONSOLE.print(f"{path.stem}: accuracy {record.results['accuracy']:.3f} in {record.seconds:.0f} s")
     _CONSOLE.print(write_tables(folder, [arm.name for arm in ARMS], () if options.tiny else ("README", "RESULTS")))
 
 
