@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peft_lightning.loading import load
     from peft_lightning.methods.fine_tune import FineTuneModule
     from peft_lightning.methods.sparse_adapter import AdapterConfig, PruneConfig, SparseAdapterModule
-    from peft_lightning.module import OptimConfig
+    from peft_lightning.settings import OptimConfig
     from peft_lightning.tasks.table import Task
 
 __version__ = "0.1.0"
@@ -37,7 +37,7 @@ _HOME = {
     "AdapterConfig": "methods.sparse_adapter",
     "BackboneConfig": "backbones.build",
     "FineTuneModule": "methods",
-    "OptimConfig": "module",
+    "OptimConfig": "settings",
     "PruneConfig": "methods.sparse_adapter",
     "RunCheckpoint": "callbacks.checkpoint",
     "SparseAdapterModule": "methods",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
-from typing import Any, TypeVar
+from dataclasses import asdict, is_dataclass
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -18,73 +18,12 @@ from torch import Tensor, nn
 
 from peft_lightning.errors import PeftLightningError, UsageError
 from peft_lightning.files.manifest import FORMAT, MANIFEST_KEY
-from peft_lightning.files.strict import check_fingerprint, check_tensors
+from peft_lightning.files.strict import check_fingerprint, check_settings, check_tensors
+from peft_lightning.settings import OptimConfig, as_config
 
-__all__ = ["MethodModule", "OptimConfig", "as_config", "step_seed"]
+__all__ = ["MethodModule", "step_seed"]
 
-Config = TypeVar("Config")
-SCHEDULES = ("linear", "cosine", "constant")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW and its schedule.
-
-    Attributes:
-        lr: peak learning rate.
-        weight_decay: decoupled; biases and LayerNorms are never decayed.
-        betas: Adam's two averages.
-        eps: Adam's epsilon.
-        warmup: share of all optimizer steps over which the rate rises from 0.
-        schedule: what follows the warm-up: linear or cosine to 0, or constant.
-
-    Raises:
-        UsageError: if a value is not allowed.
-    """
-
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    warmup: float = 0.1
-    schedule: str = "linear"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
-        if not self.lr > 0:
-            raise UsageError(f"optim.lr = {self.lr}: must be above 0")
-        if self.weight_decay < 0:
-            raise UsageError(f"optim.weight_decay = {self.weight_decay}: must be at least 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UsageError(f"optim.betas = {self.betas}: both must lie in [0, 1)")
-        if not 0 <= self.warmup <= 1:
-            raise UsageError(f"optim.warmup = {self.warmup}: must be a share of the steps in [0, 1]")
-        if self.schedule not in SCHEDULES:
-            raise UsageError(f"optim.schedule = {self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
-
-    def factor(self, step: int, total: int) -> float:
-        """Factor on ``lr`` at optimizer step ``step`` (from 0) of ``total``."""
-        warm = round(self.warmup * total)
-        if step < warm:
-            return (step + 1) / warm
-        if self.schedule == "constant":
-            return 1.0
-        done = (step - warm) / max(1, total - warm)
-        return max(0.0, 1.0 - done) if self.schedule == "linear" else 0.5 * (1 + float(np.cos(np.pi * min(1.0, done))))
-
-
-def as_config(kind: type[Config], value: Config | Mapping[str, Any]) -> Config:
-    """A dataclass from itself or from a mapping (the command line and checkpoints give mappings).
-
-    Raises:
-        UsageError: if a key is unknown.
-    """
-    if isinstance(value, kind):
-        return value
-    try:
-        return kind(**value)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise UsageError(f"{kind.__name__}: {error}") from None
+_REMEDY = "lower optim.lr, raise optim.warmup or clip gradients (trainer.gradient_clip_val)"
 
 
 def step_seed(*parts: int) -> int:
@@ -103,13 +42,19 @@ class MethodModule(L.LightningModule, ABC):
     def __init__(self, *, optim: OptimConfig | Mapping[str, Any], seed: int) -> None:
         super().__init__()
         self.optim = as_config(OptimConfig, optim)
+        if seed < 0:
+            raise UsageError(f"seed = {seed}: must be at least 0")
         self.seed = seed
         self.strict_loading = False  # the frozen backbone is not in our files; check_tensors is strict on the rest
         self.backbone_fingerprint: dict[str, Any] = {}
         self.run_config: dict[str, Any] = {}
         self._built = False
-        self._losses: list[Tensor] = []
+        self._totals: list[Tensor] = []
+        self._weights: list[Tensor] = []
         self.record(optim=self.optim, seed=seed)
+
+    # Settings that a checkpoint decides: other values beside it cannot be honoured, so they are refused.
+    fixed_by_file: tuple[str, ...] = ("optim",)
 
     # -- what a method provides ------------------------------------------------------------------------------
 
@@ -131,13 +76,32 @@ class MethodModule(L.LightningModule, ABC):
         """Add hyper-parameters as plain values, so that a checkpoint loads with ``weights_only=True``."""
         self.hparams.update({key: asdict(v) if is_dataclass(v) else v for key, v in values.items()})  # type: ignore[arg-type]
 
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that would convert what is trained and saved.
+
+        Raises:
+            UsageError: for any ``*-true`` precision but 32.
+        """
+        if str(self.trainer.precision) not in ("32-true", "bf16-mixed", "16-mixed"):
+            raise UsageError(
+                f"trainer.precision = {self.trainer.precision}: must be 32-true, bf16-mixed or 16-mixed; "
+                "backbone.dtype holds a frozen backbone in bfloat16"
+            )
+
     def configure_model(self) -> None:
         """Build the model once and freeze all that is not declared."""
         if self._built:
             return
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            self.build()
+        # On the CPU and in float32 whatever the Trainer prefers: random numbers, and so initial values, differ between
+        # devices and dtypes, and a file must fit everywhere.
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.random.fork_rng(), torch.device("cpu"):
+                torch.manual_seed(self.seed)
+                self.build()
+        finally:
+            torch.set_default_dtype(default)
         self.requires_grad_(False)
         for module in self.declared():
             module.requires_grad_(True)
@@ -196,46 +160,52 @@ class MethodModule(L.LightningModule, ABC):
         """Make dropout a function of (seed, epoch, batch, rank), so that a resumed run repeats it."""
         torch.manual_seed(step_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
 
-    def normalised(self, total: Tensor, weight: Tensor, batch_idx: int) -> Tensor:
-        """Loss of a micro-batch from its sum and its weight, such that gradients equal those of one process.
+    def normalised(self, total: Tensor, weight: Tensor) -> Tensor:
+        """Loss of a micro-batch from its sum and its weight, such that gradients equal those of one large batch.
+
+        The weight of an optimizer step is known at its end only. Until then its first micro-batch's stands in for
+        all; :meth:`on_before_optimizer_step` corrects the gradients.
 
         Args:
             total: sum of the losses of this rank's rows, a scalar.
             weight: sum of their weights, a scalar; summed over ranks here, since DDP averages gradients.
-            batch_idx: number of the micro-batch in the epoch; the last group of an epoch may be shorter than
-                ``accumulate_grad_batches``, by which Lightning divides, and is corrected.
         """
-        weight = self.trainer.strategy.reduce(weight.detach(), reduce_op="sum") / self.trainer.world_size
-        loss = total / weight.clamp_min(torch.finfo(torch.float32).tiny)
-        group, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
-        place, size = batch_idx % group, group
-        if batches != float("inf"):
-            size = min(group, int(batches) - batch_idx + place)
-        self._log_step(loss.detach(), last=place == size - 1)
-        return loss * (group / size)
+        world = self.trainer.world_size
+        weight = self.trainer.strategy.reduce(weight.detach(), reduce_op="sum")
+        self._totals.append(total.detach() * world)
+        self._weights.append(weight)
+        return total * world / self._weights[0].clamp_min(torch.finfo(torch.float32).tiny)
 
-    def _log_step(self, loss: Tensor, last: bool) -> None:
-        """Log the loss of an optimizer step, the mean over its micro-batches and over ranks.
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide by the weight of the whole step (before gradients are clipped), and log its loss.
 
-        It is written here and not by ``self.log``, so that it is in the log before a checkpoint of the same step.
+        The loss is written here and not by ``self.log``, so that it is in the log before a checkpoint of the same
+        step.
         """
-        self._losses.append(loss)
-        if not last:
+        if not self._weights:
             return
-        losses, self._losses = self._losses, []
+        totals, weights = torch.stack(self._totals), torch.stack(self._weights)
+        self._totals, self._weights = [], []
+        group = self.trainer.accumulate_grad_batches
+        if group > 1:  # Lightning has divided by it
+            factor = weights[0] * group / weights.sum()
+            for parameter in self.trainable_parameters().values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor.to(parameter.grad.dtype))
         step = self.trainer.global_step + 1
         every: int = getattr(self.trainer, "log_every_n_steps", 0)
-        if not every or step % every:
-            return
-        mean = float(self.trainer.strategy.reduce(torch.stack(losses).mean(), reduce_op="mean"))
-        if not np.isfinite(mean):
-            raise PeftLightningError(
-                f"the training loss is {mean} at step {step}; lower optim.lr, raise optim.warmup "
-                "or clip gradients (trainer.gradient_clip_val)"
-            )
-        self.log("train/loss", mean, prog_bar=True, logger=False)
+        due = bool(every) and step % every == 0
+        if due or self.device.type == "cpu":  # elsewhere looking at a number makes the device wait
+            loss = float(self.trainer.strategy.reduce(totals.sum() / weights.sum(), reduce_op="mean"))
+            if not np.isfinite(loss):
+                raise PeftLightningError(f"the training loss is {loss} at step {step}; {_REMEDY}")
+            if due:
+                self._log_loss(loss, optimizer.param_groups[0]["lr"], step)
+
+    def _log_loss(self, loss: float, lr: float, step: int) -> None:
+        self.log("train/loss", loss, prog_bar=True, logger=False)
         for logger in self.trainer.loggers:
-            logger.log_metrics({"train/loss": mean, "lr": self.trainer.optimizers[0].param_groups[0]["lr"]}, step)
+            logger.log_metrics({"train/loss": loss, "lr": lr}, step)
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 
@@ -251,8 +221,19 @@ class MethodModule(L.LightningModule, ABC):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what the method owns, and add the manifest."""
-        checkpoint["state_dict"] = {name: t.detach().clone() for name, t in self.owned_state().items()}
+        """Keep only what the method owns, and add the manifest.
+
+        Raises:
+            PeftLightningError: if a tensor is not finite: the last good file stays.
+        """
+        state = {name: t.detach().clone() for name, t in self.owned_state().items()}
+        bad = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+        if bad:
+            raise PeftLightningError(
+                f"training has diverged: {bad[0]} and {len(bad) - 1} other tensors are not finite at step "
+                f"{self.trainer.global_step}, nothing is saved; {_REMEDY}"
+            )
+        checkpoint["state_dict"] = state
         checkpoint[MANIFEST_KEY] = self.manifest()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -273,5 +254,8 @@ class MethodModule(L.LightningModule, ABC):
             CheckpointError: lists the difference of backbone or tensors.
         """
         self.configure_model()
+        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
+        recorded = checkpoint.get(MANIFEST_KEY, {}).get("hyper_parameters", {})
+        check_settings(recorded, self.hparams, [key for key in self.fixed_by_file if fitting or key != "optim"])
         check_fingerprint(checkpoint.get(MANIFEST_KEY, {}).get("backbone"), self.backbone_fingerprint, "checkpoint")
         check_tensors(checkpoint["state_dict"], self.owned_state(), "checkpoint")

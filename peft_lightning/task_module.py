@@ -21,7 +21,8 @@ from peft_lightning.backbones.build import (
     load_tokenizer,
 )
 from peft_lightning.errors import UsageError
-from peft_lightning.module import MethodModule, OptimConfig
+from peft_lightning.module import MethodModule
+from peft_lightning.settings import OptimConfig
 from peft_lightning.tasks.kinds.base import build_kind
 from peft_lightning.tasks.table import Task, get_task
 
@@ -66,9 +67,10 @@ class TaskModule(MethodModule):
         self.head_style, self.head_dropout, self.max_length = head, head_dropout, max_length
         if not 0 <= head_dropout < 1:
             raise UsageError(f"head_dropout = {head_dropout}: must lie in [0, 1)")
-        if class_weights is not None and len(class_weights) != self.kind.num_outputs:
+        classes = len(self.task.labels)
+        if class_weights is not None and (len(class_weights) != classes or not all(w > 0 for w in class_weights)):
             raise UsageError(
-                f"class_weights = {list(class_weights)}: must be {self.kind.num_outputs} numbers, one per class"
+                f"class_weights = {list(class_weights)}: must be {classes} numbers above 0, one per class of the task"
             )
         weights_C = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.class_weights: Tensor | None
@@ -126,17 +128,41 @@ class TaskModule(MethodModule):
         }
 
     def on_fit_start(self) -> None:
-        """Check that the data's tokens are words of the backbone.
+        """Check that the data's tokens are words of the backbone, and no more than it has positions for.
 
         Raises:
-            UsageError: if the tokenizer knows more words than the backbone embeds.
+            UsageError: if the tokenizer knows more words than the backbone embeds, or rows may be longer.
         """
-        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        data = getattr(self.trainer, "datamodule", None)
+        tokenizer = getattr(data, "tokenizer", None)
         words = cast(Any, self.backbone.config).vocab_size
         if tokenizer is not None and len(tokenizer) > words:
             raise UsageError(
                 f"backbone.tokenizer = {self.tokenizer_name!r}: has {len(tokenizer)} words, the backbone embeds {words}"
             )
+        self._check_length(getattr(data, "max_length", 0))
+
+    def setup(self, stage: str) -> None:
+        """Check that module and data mean the same labels.
+
+        Raises:
+            UsageError: if the kind or the classes differ.
+        """
+        super().setup(stage)
+        task = getattr(getattr(self.trainer, "datamodule", None), "task", self.task)
+        if (task.kind, task.labels) != (self.task.kind, self.task.labels):
+            raise UsageError(
+                f"task: the data is {task.name} ({task.kind}: {', '.join(task.labels)}), "
+                f"the module is for {self.task.name} ({self.task.kind}: {', '.join(self.task.labels)})"
+            )
+
+    def _check_length(self, max_length: int) -> None:
+        positions = getattr(getattr(self.backbone, "embeddings", None), "position_embeddings", None)
+        if isinstance(positions, nn.Embedding):
+            # RoBERTa counts positions from behind the padding's
+            most = positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+            if max_length > most:
+                raise UsageError(f"max_length = {max_length}: the backbone has {most} positions")
 
     # -- steps -----------------------------------------------------------------------------------------------
 
@@ -151,7 +177,7 @@ class TaskModule(MethodModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch, normalised over all ranks."""
-        return self.normalised(*self.batch_loss(batch), batch_idx)
+        return self.normalised(*self.batch_loss(batch))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update loss and metrics under ``val/``."""
@@ -169,13 +195,17 @@ class TaskModule(MethodModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One plain mapping per row of the batch, with its row number in the split."""
         logits_BC = self(batch["inputs"])
-        rows, valid = batch["rows"].tolist(), batch["valid"].tolist()
-        decoded = self.kind.decode(logits_BC)
-        return [{"row": row, **answer} for row, answer, ok in zip(rows, decoded, valid, strict=True) if ok]
+        answers = self.kind.decode(logits_BC)
+        if "rows" in batch:
+            rows = batch["rows"].tolist()
+            answers = [{"row": row, **answer} for row, answer in zip(rows, answers, strict=True)]
+        valid = batch["valid"].tolist() if "valid" in batch else [True] * len(answers)
+        return [answer for answer, ok in zip(answers, valid, strict=True) if ok]
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
-        valid_B = batch["valid"]
-        logits_BC, labels_B = self(batch["inputs"])[valid_B], batch["labels"][valid_B]
+        logits_BC, labels_B = self(batch["inputs"]), batch["labels"]
+        if "valid" in batch:  # a rank's row of padding does not count
+            logits_BC, labels_B = logits_BC[batch["valid"]], labels_B[batch["valid"]]
         metrics = cast(MetricCollection, self.metrics[stage])
         mean_loss = cast(MeanMetric, self.losses[stage])
         if labels_B.numel():
@@ -207,6 +237,7 @@ class TaskModule(MethodModule):
         if isinstance(texts, str):
             raise UsageError("texts: give a list of texts, not one string")
         self.configure_model()
+        self._check_length(self.max_length)
         tokenizer = load_tokenizer(self.tokenizer_name)
         rows = [self._row(text, number) for number, text in enumerate(texts)]
         was_training = self.training
@@ -226,7 +257,7 @@ class TaskModule(MethodModule):
         if isinstance(text, Mapping):
             row = dict(text)
         else:
-            parts = (text,) if isinstance(text, str) else tuple(text)
+            parts = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, Sequence) else ()
             row = dict(zip(names, parts, strict=False)) if len(parts) == len(names) else {}
         if any(not isinstance(row.get(name), str) for name in names):
             raise UsageError(f"texts[{number}]: must be {len(names)} text(s): {', '.join(names)}")

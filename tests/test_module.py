@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch.testing import assert_close
 
 from peft_lightning import FineTuneModule, OptimConfig
 from peft_lightning.errors import CheckpointError, PeftLightningError, UsageError
-from peft_lightning.module import as_config, step_seed
+from peft_lightning.module import step_seed
+from peft_lightning.settings import as_config
 from tests.toy import build, data, tiny, trainer
 
 
@@ -95,3 +97,27 @@ def test_a_loss_that_is_not_finite_stops_with_the_step() -> None:
 def test_full_fine_tuning_in_bfloat16_is_refused() -> None:
     with pytest.raises(UsageError, match="backbone.dtype = 'bfloat16'.*bf16-mixed"):
         build(FineTuneModule, backbone=tiny(dtype="bfloat16"))
+
+
+def test_a_run_that_diverges_between_two_logged_steps_stops_and_saves_nothing(tmp_path: Path) -> None:
+    module = build(FineTuneModule, optim={"lr": 1e30})
+    with pytest.raises(PeftLightningError, match="(training loss is nan|training has diverged).*lower optim.lr"):
+        trainer(tmp_path, max_epochs=1, log_every_n_steps=50).fit(module, datamodule=data())
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_precision_that_converts_what_is_saved_is_refused(precision: Any) -> None:
+    with pytest.raises(UsageError, match=f"trainer.precision = {precision}: must be 32-true"):
+        trainer(max_steps=1, precision=precision).fit(build(FineTuneModule), datamodule=data())
+
+
+def test_initial_values_do_not_depend_on_the_default_dtype() -> None:
+    one, two = build(FineTuneModule), build(FineTuneModule)
+    one.configure_model()
+    torch.set_default_dtype(torch.float64)
+    try:
+        two.configure_model()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_close(two.owned_state(), one.owned_state(), rtol=0, atol=0)

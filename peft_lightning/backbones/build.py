@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
@@ -98,6 +99,7 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
     try:
         if config.config is not None:
             options = dict(config.config)
+            _check_options(options)
             if "vocab_size" not in options:
                 options["vocab_size"] = _padded_vocabulary(load_tokenizer(config.tokenizer_name))
             hf_config = AutoConfig.for_model(**options)
@@ -172,6 +174,18 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """A configuration takes any keyword; one that means nothing to it is a typing error."""
+    from transformers import AutoConfig
+
+    plain = AutoConfig.for_model(options["model_type"])
+    known = {*plain.to_dict(), *getattr(plain, "attribute_map", {})}
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known)
+            raise ValueError(f"{name!r} is no option of {options['model_type']}; near it: {', '.join(near) or 'none'}")
 
 
 def _padded_vocabulary(tokenizer: Any) -> int:

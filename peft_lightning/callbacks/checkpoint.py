@@ -72,8 +72,13 @@ class RunCheckpoint(Checkpoint):
     # -- what a checkpoint remembers of the run's folder -------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Best score so far and the length of the log."""
-        return {"best_score": self.best_score, "best_step": self.best_step, "log_rows": self._log_rows}
+        """Best score so far, the length of the log, and the last validation's metrics."""
+        return {
+            "best_score": self.best_score,
+            "best_step": self.best_step,
+            "log_rows": self._log_rows,
+            "metrics": self._metrics,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best score back; the log is cut when the fit starts."""
@@ -88,14 +93,23 @@ class RunCheckpoint(Checkpoint):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         self._log_rows = 0
+        self._metrics: dict[str, float] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Cut the log back to the checkpoint."""
+        """Cut the log back to the checkpoint; a best score counts only with its file."""
+        if not trainer.strategy.broadcast((self.folder / "best.ckpt").exists()):
+            self.best_score, self.best_step = -math.inf, -1
         for log in self._logs(trainer):
             log.cut(self._restored["log_rows"] if self._restored else 0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take SIGTERM over from Lightning, which would end inside an accumulation; it restores it at the end."""
+        """Take SIGTERM over from Lightning, which would end inside an accumulation; it restores it at the end.
+
+        And let callbacks that look at the last validation, such as early stopping, see it again.
+        """
+        metrics = (self._restored or {}).get("metrics", {})
+        trainer._logger_connector._callback_metrics.update({name: torch.tensor(v) for name, v in metrics.items()})
+        self._metrics = dict(metrics)
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
             signal.signal(signal.SIGTERM, self._remember_signal)
 
@@ -118,10 +132,13 @@ class RunCheckpoint(Checkpoint):
         """Save, and keep the weights if they are the best so far."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        self._metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
         score = trainer.callback_metrics.get(str(self.monitor))
         if score is not None and float(score) > self.best_score:
             self.best_score, self.best_step = float(score), trainer.global_step
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return  # in the middle of an optimizer step: its gradients so far are in no checkpoint
         self._save_last(trainer)
         if self._asked_to_stop(trainer):
             self._leave()

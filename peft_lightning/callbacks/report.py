@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def constant_scores(module: TaskModule, train_labels: torch.Tensor, labels: torc
     for metric in metrics.values():
         metric.distributed_available_fn = lambda: False  # one rank computes this alone
     constant = module.kind.constant(train_labels)
-    metrics.update(constant.expand(len(labels)).to(labels.dtype).contiguous(), labels)
+    metrics.update(constant.expand(labels.shape).to(labels.dtype).contiguous(), labels)
     return {name: float(torch.nan_to_num(value)) for name, value in metrics.compute().items()}
 
 
@@ -67,6 +68,11 @@ class Report(L.Callback):
         """Start the clock; a test counts its own seconds."""
         self.seconds, self._start = 0.0, time.monotonic()
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same for a validation outside a fit."""
+        if trainer.state.fn == "validate":
+            self.on_test_start(trainer, pl_module)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export the adapter and report on the last validation."""
         if trainer.is_global_zero and isinstance(pl_module, TaskModule):
@@ -95,12 +101,13 @@ class Report(L.Callback):
             **module.summary(),
             "split": split,
             "scores": scores,
+            "constant": "majority class" if module.task.labels else "the mean, always",
             "majority": self._majority(trainer, module, split),
             **({"steps": trainer.global_step} if trainer.state.fn == "fit" else {}),
             "seconds": round(self.state_dict()["seconds"], 2),
             "run": str(self.folder),
         }
-        text = json.dumps(report, indent=2) + "\n"
+        text = json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
         atomic_write(self.folder / name, lambda file: file.write(text.encode()))
         Console(soft_wrap=True).print(_table(report, module.task.metrics))
 
@@ -113,6 +120,13 @@ class Report(L.Callback):
             return constant_scores(module, labels("train"), labels(split))
         except DataError:
             return {}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(report: dict[str, Any], metrics: tuple[str, ...]) -> Table:
@@ -132,7 +146,7 @@ def _table(report: dict[str, Any], metrics: tuple[str, ...]) -> Table:
     for metric in metrics:
         if metric in report["scores"]:
             beside = report["majority"].get(metric)
-            note = "" if beside is None else f"   (majority class: {beside:.4f})"
+            note = "" if beside is None else f"   ({report['constant']}: {beside:.4f})"
             table.add_row(f"{report['split']} {metric}", f"{report['scores'][metric]:.4f}{note}")
     if "steps" in report:
         table.add_row("optimizer steps", f"{report['steps']:,}")

@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _explain(error: Exception) -> tuple[str, int]:
     from jsonargparse import ArgumentError
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from peft_lightning.errors import PeftLightningError
 
@@ -60,6 +61,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     text = str(error)
     if isinstance(error, ArgumentError) or "Does not validate" in text:
         return _parse_problem(text), 2
+    if isinstance(error, MisconfigurationException):
+        return text, 2
     if isinstance(error, OSError):
         return text, 1
     return f"{type(error).__name__}: {text} (run again with --debug for the traceback)", 1
@@ -69,9 +72,13 @@ def _parse_problem(text: str) -> str:
     """The parser explains every type that it tried, over many lines; keep the lines that say what is wrong."""
     noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
     lines = [line.strip() for line in text.splitlines() if not line.strip().startswith(noise)]
-    telling = [line for line in lines if not line.startswith("- Expected a <class")] or lines
+    telling = [line for line in lines if not line.startswith("- Expected a <class")]
+    if all(line.startswith("Parser key") for line in telling):
+        telling = lines + [line.strip() for line in text.splitlines() if line.strip().startswith("Given value:")]
     message = " ".join(line.removeprefix("- ").replace("Parser key ", "option ") for line in telling)
-    if "dot import path" in message or "correspond to a subclass" in message:
+    if "Got value: True" in message or "Got value: False" in message:
+        message += "; in YAML, put quotes around words such as yes, no, true and false"
+    if 'option "model"' in message and ("dot import path" in message or "correspond to a subclass" in message):
         import peft_lightning.methods as methods
 
         message += f"; methods are: {', '.join(methods.__all__)}"

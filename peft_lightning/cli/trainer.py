@@ -14,6 +14,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
 
 import peft_lightning.data.supervised
 import peft_lightning.methods  # noqa: F401
@@ -22,13 +23,13 @@ from peft_lightning.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoin
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.callbacks.progress import ProgressLine
 from peft_lightning.callbacks.report import Report
+from peft_lightning.cli.recorded import option, with_recorded_settings
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
+from peft_lightning.files.strict import check_settings
 from peft_lightning.module import MethodModule
 
 __all__ = ["TrainerCLI", "run"]
-
-LINKED = ("task", "seed", "max_length")  # options of the model that follow others
 
 
 class TrainerCLI(LightningCLI):
@@ -55,6 +56,11 @@ class TrainerCLI(LightningCLI):
         """Loading is always safe, so the switch for it is not offered."""
         return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and check what Lightning would stumble over before it does."""
+        super().parse_arguments(parser, args)
+        _check_trainer(self.config[self.config["subcommand"]])
+
     def _parse_ckpt_path(self) -> None:
         """Nothing: flags given beside a checkpoint must not be overridden by what it holds."""
 
@@ -68,14 +74,12 @@ class TrainerCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder and refuse what cannot go on, before anything is loaded."""
         options = self.options
-        if options.trainer.default_root_dir is not None:
-            raise UsageError("--trainer.default_root_dir: the run's folder is chosen by --run_dir")
         if self.subcommand != "fit":
-            if options.run_dir is None:
-                if not options.ckpt_path:
-                    raise UsageError(f"{self.subcommand}: give --ckpt_path, the checkpoint to {self.subcommand}")
-                path = Path(options.ckpt_path)
-                options.run_dir = str(path if path.is_dir() else path.parent)
+            # The flag, not what some configuration file says: what the checkpoint records was read by the flag.
+            options.ckpt_path = option(sys.argv, "--ckpt_path")
+            if not options.ckpt_path:
+                raise UsageError(f"{self.subcommand}: give --ckpt_path, the checkpoint to {self.subcommand}")
+            options.run_dir = options.run_dir or str(Path(options.ckpt_path).parent)
             return
         if options.run_dir is None:
             method = options.model.class_path.rpartition(".")[2].removesuffix("Module")
@@ -87,10 +91,13 @@ class TrainerCLI(LightningCLI):
             raise UsageError(f"--resume = {options.resume!r}: must be 'auto'")
         if options.resume and options.ckpt_path:
             raise UsageError("--resume auto and --ckpt_path: give one of them")
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"--run_dir = {folder}: is a file; must be a folder")
         # A run that failed before its first checkpoint leaves its configuration only: nothing to protect.
         harmless = {"config.yaml", "tensorboard"}
-        taken = folder.exists() and any(entry.name not in harmless for entry in folder.iterdir())
-        if _first_rank() and taken and not options.resume:
+        names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+        taken = {name for name in names - harmless if not name.endswith(".tmp")}
+        if _first_rank() and taken and not options.resume and not options.trainer.fast_dev_run:
             raise UsageError(
                 f"--run_dir = {folder}: exists already; add --resume auto to go on with it, or name another folder"
             )
@@ -102,18 +109,18 @@ class TrainerCLI(LightningCLI):
     def _effective(self) -> dict[str, Any]:
         parser = self._parser(self.subcommand)
         config: dict[str, Any] = yaml.safe_load(parser.dump(self.options, skip_unset=False, skip_validation=True))
-        return config
+        # What to go on from belongs to one start of the run, not to the run.
+        return {key: value for key, value in config.items() if key not in ("ckpt_path", "resume", "config")}
 
     def _refuse_other_configuration(self, folder: Path) -> None:
         saved = folder / "config.yaml"
         if not saved.exists():
             return
         before, now = (_flat(config) for config in (yaml.safe_load(saved.read_text()), self._effective()))
-        passing = ("resume", "ckpt_path", "run_dir", "config")
         changed = [
             f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
             for key in sorted({*before, *now})
-            if before.get(key) != now.get(key) and key.split(".")[0] not in passing
+            if before.get(key) != now.get(key) and key != "run_dir"
         ]
         if changed:
             raise UsageError(
@@ -127,15 +134,16 @@ class TrainerCLI(LightningCLI):
         """The configured trainer with the run's folder, loggers, checkpoints, progress and report."""
         config = self._get(self.config_init, "trainer", default={})
         folder = Path(self.options.run_dir)
-        callbacks: list[L.Callback] = [Report(folder)]
+        trial = bool(config.get("fast_dev_run"))  # leaves nothing behind
+        callbacks: list[L.Callback] = [] if trial else [Report(folder)]
         if config.get("enable_progress_bar") is not False:
             callbacks.insert(0, ProgressLine())
-        checkpoints = self.subcommand == "fit" and config.get("enable_checkpointing") is not False
+        checkpoints = self.subcommand == "fit" and config.get("enable_checkpointing") is not False and not trial
         if checkpoints:
             callbacks.append(RunCheckpoint(folder, self.options.save_every_n_steps))
         loggers: Any = config.get("logger")
         if loggers in (None, True):
-            loggers = self._loggers(folder) if self.subcommand == "fit" else False
+            loggers = self._loggers(folder) if self.subcommand == "fit" and not trial else False
         return super().instantiate_trainer(
             default_root_dir=str(folder),
             logger=loggers,
@@ -160,14 +168,14 @@ class TrainerCLI(LightningCLI):
         """Write the effective configuration into the run's folder and into the module's manifest."""
         effective = self._effective()
         self.model.run_config = {key: effective.get(key) for key in ("data",)}
-        if _first_rank():
+        if _first_rank() and not self.options.trainer.fast_dev_run:
             text = yaml.safe_dump(effective, sort_keys=False)
             atomic_write(Path(self.options.run_dir) / "config.yaml", lambda file: file.write(text.encode()))
 
     def after_fit(self) -> None:
         """Draw what the method decided, where a person would rather look than read."""
         shares = self.model.summary().get("kept_share_by_matrix")
-        if shares and self.trainer.is_global_zero:
+        if shares and self.trainer.is_global_zero and not self.options.trainer.fast_dev_run:
             from peft_lightning.analysis.plots import draw_shares
 
             draw_shares(shares, Path(self.options.run_dir) / "kept_share.png")
@@ -176,9 +184,11 @@ class TrainerCLI(LightningCLI):
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         path = self.options.ckpt_path
         if path:
-            read_file(path)  # one clear line for a damaged file, before the trainer starts
             if Path(path).is_dir():
                 raise UsageError(f"--ckpt_path = {path}: must be a .ckpt file")
+            # One clear line for a damaged file or a flag that the file overrules, before the trainer starts.
+            recorded = read_file(path)[MANIFEST_KEY]["hyper_parameters"]
+            check_settings(recorded, self.model.hparams, self.model.fixed_by_file)
         arguments |= {"ckpt_path": path, "weights_only": True}
         if subcommand in ("validate", "test"):
             arguments["verbose"] = False
@@ -196,6 +206,7 @@ class TrainerCLI(LightningCLI):
             lines = [json.dumps(answer) for answer in sorted(answers, key=lambda answer: answer["row"])]
             target = Path(self.options.run_dir) / "predictions.jsonl"
             atomic_write(target, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+            Console(soft_wrap=True).print(f"{len(lines):,} answers in {target}")
 
 
 def run(words: list[str]) -> None:
@@ -206,7 +217,7 @@ def run(words: list[str]) -> None:
         PeftLightningError: for anything else that the user can act on.
     """
     with tempfile.TemporaryDirectory() as folder:
-        words = _with_recorded_settings(words, Path(folder))
+        words = with_recorded_settings(words, Path(folder))
         parser_options = {"exit_on_error": False}
         sys.argv[1:] = words  # what further local processes (DDP) are started with
         TrainerCLI(
@@ -223,37 +234,18 @@ def run(words: list[str]) -> None:
         )
 
 
-def _with_recorded_settings(words: list[str], folder: Path) -> list[str]:
-    """For a command on a checkpoint: put what the checkpoint records before the user's own options."""
-    path = _option(words, "--ckpt_path")
-    if words[0] == "fit" or path is None:
-        return words
-    manifest = read_file(path)[MANIFEST_KEY]
-    values = dict(manifest["hyper_parameters"])
-    data = manifest.get("run_config", {}).get("data") or {
-        "class_path": "TaskDataModule",
-        "init_args": {"task": values["task"], "max_length": values["max_length"]},
-    }
-    recorded = {
-        "seed_everything": values["seed"],
-        "model": {
-            "class_path": manifest["class"],
-            "init_args": {key: value for key, value in values.items() if key not in LINKED},
-        },
-        "data": data,
-    }
-    file = folder / "recorded.yaml"
-    file.write_text(yaml.safe_dump(recorded))
-    return [words[0], "--config", str(file), *words[1:]]
-
-
-def _option(words: list[str], name: str) -> str | None:
-    for position, word in enumerate(words):
-        if word == name and position + 1 < len(words):
-            return words[position + 1]
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-    return None
+def _check_trainer(options: Any) -> None:
+    """Refuse options of the trainer that this command line decides, or that Lightning would stumble over."""
+    if options.trainer.default_root_dir is not None:
+        raise UsageError("--trainer.default_root_dir: the run's folder is chosen by --run_dir")
+    for name, value in (
+        ("trainer.accumulate_grad_batches", options.trainer.accumulate_grad_batches),
+        ("save_every_n_steps", options.get("save_every_n_steps", 1)),
+    ):
+        if isinstance(value, int) and value < 1:
+            raise UsageError(f"--{name} = {value}: must be at least 1")
+    if options.seed_everything is not True and int(options.seed_everything) < 0:
+        raise UsageError(f"--seed_everything = {options.seed_everything}: must be at least 0")
 
 
 def _tokenizer_of(backbone: Any) -> str | None:

@@ -56,6 +56,8 @@ class Source:
         there = list(rows[0]) if isinstance(rows, list) else rows.column_names
         if missing := [column for column in columns if column not in there]:
             raise DataError(f"{self.name}: has no column {missing[0]!r}; there are: {', '.join(there)}")
+        if twice := [column for column in columns if list(there).count(column) > 1]:
+            raise DataError(f"{self.name}: has several columns {twice[0]!r}; allowed: one")
         for start in range(0, len(rows), size):
             if isinstance(rows, list):
                 part = rows[start : start + size]
@@ -84,7 +86,9 @@ def open_source(task: Task, stage: str, rows: Mapping[str, Any] | None, root: st
             raise DataError(f"rows has no split {split!r} (stage {stage}); there are: {', '.join(rows)}")
         return _from_python(f"rows[{key!r}]", rows[key])
     if root is not None:
-        return _from_file(_find_file(Path(root).expanduser(), task, split, stage), task.text)
+        # A class's name may look like a number or a truth value: the task says which it is, not the file's reader.
+        strings = (*task.text, task.label) if task.labels else task.text
+        return _from_file(_find_file(Path(root).expanduser(), task, split, stage), strings)
     if task.name.startswith("toy_"):
         return _from_python(f"{task.name}/{split}", toy_rows(task.name, split))
     if task.hub:
@@ -153,19 +157,19 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
     return splits
 
 
-def _from_file(path: Path, text: tuple[str, ...]) -> Source:
+def _from_file(path: Path, strings: tuple[str, ...]) -> Source:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Source(name=str(path), digest=f"{path.suffix} {digest}", read=lambda: _READERS[path.suffix](path, text))
+    return Source(name=str(path), digest=f"{path.suffix} {digest}", read=lambda: _READERS[path.suffix](path, strings))
 
 
-def _read_parquet(path: Path, text: tuple[str, ...]) -> pa.Table:
+def _read_parquet(path: Path, strings: tuple[str, ...]) -> pa.Table:
     from pyarrow import parquet
 
     return parquet.read_table(path)
 
 
-def _read_separated(path: Path, text: tuple[str, ...]) -> pa.Table:
+def _read_separated(path: Path, strings: tuple[str, ...]) -> pa.Table:
     import pyarrow as pa
     from pyarrow import csv
 
@@ -174,12 +178,12 @@ def _read_separated(path: Path, text: tuple[str, ...]) -> pa.Table:
         delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
     )
     # Without it, a text that looks like a number would become one.
-    types = csv.ConvertOptions(column_types={column: pa.string() for column in text})
+    types = csv.ConvertOptions(column_types={column: pa.string() for column in strings})
     return csv.read_csv(path, parse_options=options, convert_options=types)
 
 
-def _read_json(path: Path, text: tuple[str, ...]) -> _Rows:
-    content = path.read_text(encoding="utf-8")
+def _read_json(path: Path, strings: tuple[str, ...]) -> _Rows:
+    content = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json" and content.lstrip().startswith("["):
         rows = json.loads(content)
     else:

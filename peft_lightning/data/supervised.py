@@ -7,7 +7,6 @@ length in a random order per epoch; evaluation reads each row once, the longest 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -78,22 +77,24 @@ class TaskDataModule(LightningDataModule):
         self.max_length = _at_least(8, "max_length", max_length)
         self.seed, self.workers = _at_least(0, "seed", seed), _at_least(0, "workers", workers)
         self._tokenizer = tokenizer
-        self._encoded: dict[str, Encoded] = {}
+        self._loaded: dict[str, Any] = {}
+        self._encoded: dict[tuple[str, Any], Encoded] = {}
 
-    @cached_property
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the data.
 
         Raises:
             UsageError: none is known, it cannot be used for batches, or it reads less than ``max_length``.
         """
-        tokenizer: Any = self._tokenizer
-        if tokenizer is None:
-            tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer_name", None)
+        tokenizer: Any = self._tokenizer_choice
         if isinstance(tokenizer, str):
             from peft_lightning.backbones.build import load_tokenizer
 
-            tokenizer = load_tokenizer(tokenizer)
+            name = tokenizer
+            if name not in self._loaded:
+                self._loaded[name] = load_tokenizer(name)
+            tokenizer = self._loaded[name]
         if not callable(tokenizer):
             raise UsageError(f"tokenizer is {tokenizer!r}; allowed: a folder, a hub name, toy, or a tokenizer")
         if tokenizer.pad_token_id is None:
@@ -136,7 +137,9 @@ class TaskDataModule(LightningDataModule):
         return self._loader("predict")
 
     def labels(self, stage: str) -> Tensor:
-        """Return all labels of ``stage`` (train, validation or test), in the order of its rows, [N].
+        """Return all labels of ``stage`` (train, validation or test), in the order of its rows.
+
+        [N], or [N, K] for a kind with K labels a row.
 
         Raises:
             DataError: the stage has no labels, or its data cannot be used.
@@ -144,15 +147,26 @@ class TaskDataModule(LightningDataModule):
         if stage not in self.task.splits or stage == "predict":
             raise DataError(f"the stage {stage!r} has no labels; allowed: train, validation, test")
         # A copy, since the cache is mapped read-only.
-        return torch.from_numpy(self._load(stage).scalars["labels"].copy())
+        data = self._load(stage)
+        if "labels" in data.scalars:
+            return torch.from_numpy(data.scalars["labels"].copy())
+        return torch.from_numpy(data.ragged["labels"][0].copy()).view(len(data), -1)
+
+    @property
+    def _tokenizer_choice(self) -> Any:
+        """What was given, or else what the module at hand names: it may be another one than in an earlier fit."""
+        if self._tokenizer is not None:
+            return self._tokenizer
+        return getattr(getattr(self.trainer, "lightning_module", None), "tokenizer_name", None)
 
     @property
     def _validates_nothing(self) -> bool:
         return self.trainer is not None and self.trainer.limit_val_batches == 0
 
     def _load(self, stage: str) -> Encoded:
-        if stage not in self._encoded:
-            self._encoded[stage] = encode_split(
+        key = (stage, self._tokenizer_choice)
+        if key not in self._encoded:
+            self._encoded[key] = encode_split(
                 open_source(self.task, stage, self.rows, self.root),
                 self.kind,
                 self.tokenizer,
@@ -160,7 +174,7 @@ class TaskDataModule(LightningDataModule):
                 labelled=stage != "predict",
                 folder=cache_folder(self.cache_dir),
             )
-        return self._encoded[stage]
+        return self._encoded[key]
 
     def _loader(self, stage: str) -> Loader:
         data, trainer, training = self._load(stage), self.trainer, stage == "train"
@@ -176,7 +190,8 @@ class TaskDataModule(LightningDataModule):
             data,
             sampler,
             pad_token_id=int(cast(int, self.tokenizer.pad_token_id)),
-            epoch=lambda: trainer.current_epoch if trainer else 0,
+            # Overfitting means seeing the same batches again.
+            epoch=lambda: trainer.current_epoch if trainer and not getattr(trainer, "overfit_batches", 0) else 0,
             workers=self.workers,
         )
 

@@ -60,8 +60,9 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file: all mean the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: damaged, truncated or not a checkpoint ({reason[:200]})") from error
+        raise CheckpointError(
+            f"{path}: damaged, truncated or not a checkpoint ({type(error).__name__} while reading it)"
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint (it holds a {type(content).__name__})")
     return content

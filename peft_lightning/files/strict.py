@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from peft_lightning.errors import CheckpointError
+from peft_lightning.errors import CheckpointError, UsageError
 
-__all__ = ["check_fingerprint", "check_tensors"]
+__all__ = ["check_fingerprint", "check_settings", "check_tensors"]
 
 
 def check_tensors(given: Mapping[str, Any], expected: Mapping[str, Tensor], what: str) -> None:
@@ -50,3 +50,37 @@ def check_fingerprint(given: Mapping[str, Any] | None, expected: Mapping[str, An
         raise CheckpointError(f"{what}: belongs to another backbone ({'; '.join(shape)})")
     if keys:
         raise CheckpointError(f"{what}: belongs to a backbone of the same shape with other weights")
+
+
+def check_settings(recorded: Mapping[str, Any], here: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Refuse settings that a file has decided already, where they differ from what the file records.
+
+    Args:
+        recorded: hyper-parameters in the file, plain values.
+        here: the module's.
+        keys: names, with a dot for a setting inside a group; names that the file lacks are passed over.
+
+    Raises:
+        UsageError: names each option with both values.
+    """
+    before, now = (_flat(values, keys) for values in (recorded, here))
+    changed = [key for key in before if before[key] != now.get(key)]
+    if changed:
+        options = "; ".join(f"{key} = {now.get(key)}, in the checkpoint {before[key]}" for key in changed)
+        raise UsageError(f"{options}: the checkpoint decides this; leave the option out")
+
+
+def _flat(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key in keys:
+        group, _, name = key.partition(".")
+        inside = values.get(group)
+        if isinstance(inside, Mapping):
+            flat |= {f"{group}.{n}": _plain(v) for n, v in inside.items() if name in ("", n)}
+        elif group in values:
+            flat[group] = _plain(inside)
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -8,7 +8,7 @@ from torch import nn
 
 from peft_lightning.backbones.build import BackboneConfig
 from peft_lightning.errors import UsageError
-from peft_lightning.module import OptimConfig
+from peft_lightning.settings import OptimConfig
 from peft_lightning.task_module import TaskModule
 from peft_lightning.tasks.table import Task
 

@@ -29,7 +29,7 @@ from peft_lightning.functional.saliency import magnitude, snip
 from peft_lightning.functional.sparsify import kept_count, top_masks
 from peft_lightning.layers.bottleneck import Bottleneck, MaskedLinear
 from peft_lightning.layers.inject import inject, select_sites
-from peft_lightning.module import OptimConfig, as_config
+from peft_lightning.settings import OptimConfig, as_config
 from peft_lightning.task_module import TaskModule
 from peft_lightning.tasks.table import Task
 
@@ -196,6 +196,8 @@ class SparseAdapterModule(TaskModule):
                 if layer.mask is not None
             },
         }
+
+    fixed_by_file = (*TaskModule.fixed_by_file, "prune", "adapter.init_std")
 
     # -- pruning at initialisation ---------------------------------------------------------------------------
 

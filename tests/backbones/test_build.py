@@ -81,6 +81,10 @@ def test_other_encoders_can_be_built(model_type: str) -> None:
         ({"config": {"hidden_size": 8}}, "model_type is missing"),
         ({"tokenizer": None}, r"backbone\.tokenizer: a backbone made from config needs one"),
         ({"config": {"model_type": "nosuch"}}, "cannot be built"),
+        (
+            {"config": {"model_type": "bert", "hiden_size": 32}},
+            "'hiden_size' is no option of bert",
+        ),
         ({"config": {"model_type": "bert", "hidden_size": 30, "num_attention_heads": 4}}, "cannot be built"),
         ({"name": "/no/such/folder", "config": None}, r"backbone\.name = '/no/such/folder': cannot be built"),
     ],

@@ -19,6 +19,7 @@ FIT = [
     "--config", str(ROOT / "configs/overlays/toy.yaml"),
     "--config", str(ROOT / "configs/overlays/cpu.yaml"),
     "--trainer.max_epochs", "-1", "--trainer.max_steps", "3", "--data.init_args.batch_size", "8",
+    "--trainer.val_check_interval", "1", "--trainer.limit_val_batches", "2",
 ]  # fmt: skip
 
 
@@ -82,6 +83,13 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "another class": (["--model.class_path", "os.system"], r"os\.system"),
     "class weights": (["--model.init_args.class_weights", "[1,2,3]"], "must be 2 numbers"),
     "resume": (["--resume", "always"], "--resume = 'always': must be 'auto'"),
+    "not a number for the trainer": (["--trainer.max_epochs", "x"], r"trainer\.max_epochs.*<class 'int'>.*x"),
+    "no devices": (["--trainer.devices", "0"], "devices=.0."),
+    "accumulation": (["--trainer.accumulate_grad_batches", "0"], r"accumulate_grad_batches = 0: must be at least 1"),
+    "saving": (["--save_every_n_steps", "0"], "--save_every_n_steps = 0: must be at least 1"),
+    "default root": (["--trainer.default_root_dir", "x"], "chosen by --run_dir"),
+    "negative seed": (["--seed_everything", "-5"], "seed_everything = -5"),
+    "no end": (["--trainer.max_steps", "-1"], "give trainer.max_steps"),
     "not a number": (["--model.init_args.seed", "x"], "seed"),
 }
 
@@ -191,6 +199,101 @@ def test_a_flag_beside_a_checkpoint_is_honoured_or_refused(
     assert scores[0]["loss"] != scores[1]["loss"]  # honoured
     status, line = fails([*words, str(tmp_path / "c"), "--model.init_args.adapter.bottleneck", "8"], capsys)
     assert status == 1 and "tensors do not fit this module; different" in line  # refused
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_nothing_is_measured_without_a_checkpoint(
+    command: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ["--config", str(finished / "config.yaml")]
+    status, line = fails([command, *config], capsys)
+    assert status == 2 and f"{command}: give --ckpt_path" in line
+    status, line = fails([command, *config, "--run_dir", str(tmp_path)], capsys)
+    assert status == 2 and f"{command}: give --ckpt_path" in line
+
+
+def test_the_flag_wins_over_a_configuration_without_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+    words = ["test", "--ckpt_path", str(finished / "last.ckpt")]
+    main([*words, "--run_dir", str(tmp_path / "a")])
+    nothing = tmp_path / "nothing.yaml"
+    nothing.write_text("ckpt_path: null\n")
+    config = ["--config", str(finished / "config.yaml"), "--config", str(nothing)]
+    main([*words, *config, "--run_dir", str(tmp_path / "b")])
+    reports = [json.loads((tmp_path / part / "test.json").read_text()) for part in "ab"]
+    assert reports[0]["scores"] == reports[1]["scores"]
+    assert reports[1]["kept_share"] == pytest.approx(0.6, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "recorded"),
+    [("optim.lr", "1e-7", "0.005"), ("prune.sparsity", "0.8", "0.4"), ("adapter.init_std", "0.5", "0.02")],
+)
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_what_a_checkpoint_decides_is_refused_as_a_flag(
+    command: str, flag: str, value: str, recorded: str,
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = [*(FIT if command == "fit" else [command]), "--run_dir", str(tmp_path / "new")]
+    words += ["--ckpt_path", str(finished / "last.ckpt"), f"--model.init_args.{flag}", value]
+    status, line = fails(words, capsys)
+    assert status == 2
+    assert f"{flag} = {float(value)}, in the checkpoint {recorded}: the checkpoint decides this" in line
+
+
+def test_a_checkpoint_does_not_choose_what_is_imported(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    import torch
+
+    good = torch.load(finished / "last.ckpt", weights_only=True)
+    for place in ("class", "kind", "data"):
+        content = dict(good)
+        manifest = json.loads(json.dumps(good["peft_lightning"]))
+        if place == "class":
+            manifest["class"] = "this.X"
+        elif place == "kind":
+            manifest["hyper_parameters"]["task"]["kind"] = "this.X"
+        else:
+            manifest["run_config"]["data"]["class_path"] = "this.X"
+        content["peft_lightning"] = manifest
+        torch.save(content, tmp_path / "evil.ckpt")
+        status, line = fails(["test", "--ckpt_path", str(tmp_path / "evil.ckpt")], capsys)
+        assert status == 1 and "this.X" in line, place
+        assert "this" not in sys.modules
+
+
+def test_the_effective_configuration_can_be_used_again_after_a_resume(finished: Path, tmp_path: Path) -> None:
+    report = (finished / "report.json").read_text()
+    config = ["--config", str(finished / "config.yaml")]
+    main(["fit", *config, "--resume", "auto"])  # a finished run: nothing left to do
+    kept, now = (json.loads(text) for text in (report, (finished / "report.json").read_text()))
+    assert {k: v for k, v in now.items() if k != "seconds"} == {k: v for k, v in kept.items() if k != "seconds"}
+    assert now["scores"]
+    main(["fit", *config, "--run_dir", str(tmp_path / "new")])
+    assert (tmp_path / "new" / "report.json").exists()
+
+
+def test_a_trial_run_leaves_nothing(tmp_path: Path) -> None:
+    main([*FIT, "--run_dir", str(tmp_path / "run"), "--trainer.fast_dev_run", "true"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_validate_counts_its_own_seconds(finished: Path, tmp_path: Path) -> None:
+    main(["validate", "--ckpt_path", str(finished / "last.ckpt"), "--run_dir", str(tmp_path)])
+    assert json.loads((tmp_path / "validate.json").read_text())["seconds"] < 60
+
+
+def test_a_failed_start_does_not_take_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*FIT, "--run_dir", str(tmp_path / "run")]
+    fails([*words, "--data.init_args.task", "mrpc", "--data.init_args.root", "/no/such"], capsys)
+    main(words)
+
+
+def test_predict_says_where_the_answers_are(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["predict", "--ckpt_path", str(finished / "last.ckpt"), "--run_dir", str(tmp_path)])
+    assert "256 answers in" in capsys.readouterr().out
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(

@@ -8,8 +8,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 from peft_lightning.callbacks.log import MetricsCSV
+from peft_lightning.errors import UsageError
 from peft_lightning.module import MethodModule
 from tests.toy import METHODS, build, data, trainer
 
@@ -84,6 +86,7 @@ SETTINGS = {
     "plain": {"max_epochs": 3},
     "accumulating": {"max_epochs": 3, "accumulate_grad_batches": 3},
     "validating inside the epoch": {"max_epochs": 2, "val_check_interval": 4, "accumulate_grad_batches": 2},
+    "validating inside an accumulation": {"max_epochs": 2, "val_check_interval": 3, "accumulate_grad_batches": 2},
     "validating every other epoch": {"max_epochs": 4, "check_val_every_n_epoch": 2},
     "by steps": {"max_steps": 23, "max_epochs": -1},
 }
@@ -108,6 +111,31 @@ def test_stopped_at_every_batch(
 
 
 @pytest.mark.parametrize("where", ["validation start", "validation end"])
-@pytest.mark.parametrize("setting", ["plain", "validating inside the epoch", "validating every other epoch"])
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "by steps"])
 def test_stopped_at_a_validation(setting: str, where: str, tmp_path: Path) -> None:
     assert_same_end(METHODS[0], tmp_path, [StopAt(where, 1)], **SETTINGS[setting])
+
+
+def test_early_stopping_goes_on_too(tmp_path: Path) -> None:
+    def patience() -> L.Callback:
+        return EarlyStopping("val/loss", patience=2, min_delta=10.0)
+
+    whole, fit = run(METHODS[0], tmp_path / "whole", [patience()], max_epochs=9)
+    assert fit.current_epoch == 3
+    with pytest.raises(Stop):
+        run(METHODS[0], tmp_path / "parts", [patience(), StopAt("validation end", 1)], max_epochs=9)
+    for _ in range(2):  # to the end, and once more from there
+        parts, resumed = run(METHODS[0], tmp_path / "parts", [patience()], max_epochs=9)
+        assert resumed.global_step == fit.global_step
+    for name, tensor in whole.owned_state().items():
+        assert torch.equal(parts.owned_state()[name], tensor), name
+
+
+def test_another_batch_size_is_refused(tmp_path: Path) -> None:
+    """Also at an epoch's end: Lightning would count the rest of the old epoch in batches of the new size."""
+    run(METHODS[0], tmp_path, [], max_epochs=1)
+    source = data(batch_size=25, rows=rows())
+    with pytest.raises(UsageError, match="allowed to go on within an epoch: 8"):
+        trainer(tmp_path, max_epochs=2).fit(
+            build(METHODS[0]), datamodule=source, ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True
+        )

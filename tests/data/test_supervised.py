@@ -241,7 +241,7 @@ def test_row_numbers_count_over_the_whole_split(cache_dir: Path) -> None:
 
 def test_wrong_row_of_a_file_names_the_file(cache_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label\ncat,0\ndog,\n")
-    with pytest.raises(DataError, match=r"train.csv: row 1, column 'label': the label is None; allowed: 0 to 1"):
+    with pytest.raises(DataError, match=r"train.csv: row 1, column 'label': the label is ''; allowed: 0 to 1"):
         module(TASK, root=str(tmp_path)).labels("train")
 
 

@@ -17,7 +17,8 @@ from peft_lightning.tasks.table import Task
 class Classify(Kind):
     """Softmax over the classes of ``task.labels``.
 
-    A label is a class's number, its name, or a boolean where there are two classes.
+    A label is a class's name, or its number (a boolean is one where there are two classes). A name comes first, so
+    that classes called "1" and "2", or "true" and "false", mean the same in every file format.
 
     Raises:
         UsageError: the task names fewer than two classes.
@@ -36,8 +37,11 @@ class Classify(Kind):
 
     def target(self, value: Any) -> int:
         """Return the number of the class ``value``."""
-        if isinstance(value, str) and value in self.task.labels:
-            return self.task.labels.index(value)
+        for name in (str(value), str(value).lower()) if isinstance(value, bool) else (str(value),):
+            if name in self.task.labels:
+                return self.task.labels.index(name)
+        if isinstance(value, str) and value.strip().isdecimal():
+            value = int(value)
         is_number = isinstance(value, Integral) and (self.num_outputs == 2 or not isinstance(value, bool))
         if is_number and 0 <= value < self.num_outputs:
             return int(value)

@@ -143,10 +143,28 @@ def test_text_that_is_no_string_names_the_row(text: Any) -> None:
         encode(THREE, {"text": ["cat", text], "label": [0, 0]}, first_row=1000)
 
 
-@pytest.mark.parametrize("label", [3, -1, None, 1.0, "great", "1", True])
+@pytest.mark.parametrize("label", [3, -1, None, 1.0, "great", "3", "-1", "", True])
 def test_classify_refuses_a_label(label: Any) -> None:
     with pytest.raises(DataError, match=r"row 0, column 'label': .*; allowed: 0 to 2, or one of bad, fair, good"):
         encode(THREE, {"text": ["cat"], "label": [label]})
+
+
+@pytest.mark.parametrize(
+    ("names", "values"),
+    [
+        (("true", "false"), (True, False)),
+        (("true", "false"), ("true", "false")),
+        (("1", "0"), (1, 0)),
+        (("1", "0"), ("1", "0")),
+        (("1", "2"), (1, 2)),
+        (("1", "2"), ("1", "2")),
+        (("no", "yes"), ("0", "1")),
+        (("no", "yes"), (False, True)),
+    ],
+)
+def test_a_class_name_comes_before_a_number(names: tuple[str, ...], values: tuple[Any, ...]) -> None:
+    kind = build_kind(Task(labels=names))
+    assert [kind.target(value) for value in values] == [0, 1]
 
 
 def test_classify_accepts_names_numbers_and_booleans() -> None:

@@ -1,0 +1,57 @@
+"""What a checkpoint records of model and data, put before the user's own options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from peft_lightning.files.manifest import MANIFEST_KEY, read_file
+from peft_lightning.loading import method_class, refuse_new_code
+
+__all__ = ["option", "with_recorded_settings"]
+
+LINKED = ("task", "seed", "max_length")  # options of the model that follow others
+
+
+def with_recorded_settings(words: list[str], folder: Path) -> list[str]:
+    """For a command on a checkpoint: put what the checkpoint records before the user's own options.
+
+    Args:
+        words: the command line, the command first.
+        folder: where a file with the recorded settings may be written.
+    """
+    path = option(words, "--ckpt_path")
+    if words[0] == "fit" or path is None:
+        return words
+    manifest = read_file(path)[MANIFEST_KEY]
+    values = dict(manifest["hyper_parameters"])
+    method_class(str(manifest["class"]))
+    refuse_new_code(values.get("task"), path)
+    data = manifest.get("run_config", {}).get("data") or {
+        "class_path": "TaskDataModule",
+        "init_args": {"task": values["task"], "max_length": values["max_length"]},
+    }
+    refuse_new_code({"kind": data["class_path"]}, path)
+    refuse_new_code(data["init_args"].get("task"), path)
+    recorded = {
+        "seed_everything": values["seed"],
+        "model": {
+            "class_path": manifest["class"],
+            "init_args": {key: value for key, value in values.items() if key not in LINKED},
+        },
+        "data": data,
+    }
+    file = folder / "recorded.yaml"
+    file.write_text(yaml.safe_dump(recorded))
+    return [words[0], "--config", str(file), *words[1:]]
+
+
+def option(words: list[str], name: str) -> str | None:
+    """The value of a flag among words of a command line, as ``--name value`` or ``--name=value``; the first one."""
+    for position, word in enumerate(words):
+        if word == name and position + 1 < len(words):
+            return words[position + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
