@@ -26,6 +26,8 @@ ELSEWHERE = {
     "make bench-mrpc": "takes up to 45 minutes; tests/benchmarks runs it with --tiny",
     "make bench-speed": "takes minutes; tests/benchmarks runs it with --tiny",
     f"peft-lightning fit --config configs/sparse_adapter.yaml {HUB}": "needs a hub and a GPU",
+    "peft-lightning fit --config configs/sparse_adapter.yaml --config configs/overlays/cpu.yaml --model.backbone.name "
+    "path/to/encoder --data.root path/to/data --data.task rte": "tests/methods/test_real_encoder.py runs its like",
 }
 
 

@@ -6,6 +6,7 @@ Usage: python -m tests.two_ranks_worker FOLDER RANKS
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,25 @@ import torch
 from peft_lightning.data.toy import toy_rows
 from tests.toy import METHODS, build, data, trainer
 
+# name -> options of module and trainer; the second makes every micro-batch weigh differently
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "weighed": ({"class_weights": [1.0, 4.0]}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+}
+
 
 def main(folder: Path, ranks: int) -> None:
-    """One fit and one test per method, the same global batches whatever the number of ranks."""
+    """One fit and one test per method and variant, the same global batches whatever the number of ranks."""
     rows = {s: toy_rows("toy_sentiment", s, size=n) for s, n in (("train", 75), ("validation", 21), ("test", 17))}
-    for method in METHODS:
-        for precision in ("32-true",):
-            module = build(method, dropout=0.0, optim={"lr": 1e-3, "eps": 1e-4})
-            source = data(batch_size=16 // ranks, rows=rows)
-            options: dict[str, Any] = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
-            fit = trainer(folder / f"{method.__name__}", max_epochs=2, precision=precision, **options)
-            fit.fit(module, datamodule=source)
-            tested = fit.test(module, datamodule=source, verbose=False)
-            torch.save(
-                {"state": module.owned_state(), "test": tested, "writes": fit.is_global_zero},
-                folder / f"{method.__name__}-{fit.global_rank}.pt",
-            )
+    for method, (variant, (options, settings)) in product(METHODS, VARIANTS.items()):
+        module = build(method, dropout=0.0, optim={"lr": 1e-3, "eps": 1e-4}, **options)
+        source = data(batch_size=16 // ranks, rows=rows)
+        many: dict[str, Any] = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
+        name = f"{method.__name__}-{variant}"
+        fit = trainer(folder / name, max_epochs=2, **settings, **many)
+        fit.fit(module, datamodule=source)
+        tested = fit.test(module, datamodule=source, verbose=False)
+        torch.save({"state": module.owned_state(), "test": tested}, folder / f"{name}-{fit.global_rank}.pt")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def draw_shares(shares: Mapping[str, float], path: str | Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of weights kept")
+    axes.set_title("what the adapters kept, matrix by matrix", fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     atomic_write(path, lambda file: file.write(picture.getvalue()))

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,10 +78,12 @@ def load_tokenizer(name: str) -> Any:
         return toy_tokenizer()
     from transformers import AutoTokenizer
 
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded, there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"backbone.tokenizer = {name!r}: cannot be loaded ({_first_line(error)})") from error
+        raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded ({_first_line(error)})") from error
     if tokenizer.pad_token_id is None:
         raise UsageError(f"backbone.tokenizer = {name!r}: has no padding token; batches cannot be padded")
     return tokenizer

@@ -1,13 +1,15 @@
 """Checkpoints that survive: written at optimizer-step boundaries, atomically, with all that a resumed run needs.
 
 ``last.ckpt`` holds a state from which the run goes on as if nothing had happened; ``best.ckpt`` holds the weights with
-the best validation metric. SIGTERM waits for the next boundary, saves and ends the process.
+the best validation metric. SIGTERM, or Ctrl-C,
+waits for the next boundary, saves and ends the process; a second Ctrl-C ends it at once.
 """
 
 from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,7 @@ class RunCheckpoint(Checkpoint):
             log.cut(self._restored["log_rows"] if self._restored else 0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take SIGTERM over from Lightning, which would end inside an accumulation; it restores it at the end.
+        """Take SIGTERM and Ctrl-C over from Lightning, which would end inside an accumulation, until the end.
 
         And let callbacks that look at the last validation, such as early stopping, see it again.
         """
@@ -112,6 +114,7 @@ class RunCheckpoint(Checkpoint):
         self._metrics = dict(metrics)
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
             signal.signal(signal.SIGTERM, self._remember_signal)
+            signal.signal(signal.SIGINT, self._remember_signal)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -126,7 +129,7 @@ class RunCheckpoint(Checkpoint):
         if stop or trainer.global_step % self.every_n_steps == 0:
             self._save_last(trainer)
         if stop:
-            self._leave()
+            self._leave(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save, and keep the weights if they are the best so far."""
@@ -141,7 +144,7 @@ class RunCheckpoint(Checkpoint):
             return  # in the middle of an optimizer step: its gradients so far are in no checkpoint
         self._save_last(trainer)
         if self._asked_to_stop(trainer):
-            self._leave()
+            self._leave(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end if nothing saved it yet."""
@@ -158,14 +161,20 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = trainer.global_step
 
     def _remember_signal(self, number: int, frame: Any) -> None:
+        if number == self._signal == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: at once
         self._signal = number
 
     def _asked_to_stop(self, trainer: L.Trainer) -> bool:
         """True on all ranks as soon as any rank got a signal."""
         return bool(trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False))
 
-    def _leave(self) -> None:
-        raise Terminated(128 + (self._signal or signal.SIGTERM))
+    def _leave(self, trainer: L.Trainer) -> None:
+        number = signal.Signals(self._signal or signal.SIGTERM)
+        if trainer.is_global_zero:
+            last = self.folder / "last.ckpt"
+            sys.stderr.write(f"\nstopped by {number.name} after step {trainer.global_step}, all is in {last}\n")
+        raise Terminated(128 + number)
 
     @staticmethod
     def _logs(trainer: L.Trainer) -> list[MetricsCSV]:

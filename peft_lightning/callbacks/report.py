@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peft_lightning.atomic import atomic_write
+from peft_lightning.callbacks.checkpoint import RunCheckpoint
 from peft_lightning.errors import DataError
 from peft_lightning.files.manifest import write_adapter
 from peft_lightning.task_module import TaskModule
@@ -97,9 +98,13 @@ class Report(L.Callback):
             for key, value in trainer.callback_metrics.items()
             if key.startswith(f"{stage}/")
         }
+        best = next((c for c in getattr(trainer, "callbacks", []) if isinstance(c, RunCheckpoint)), None)
+        data_task = getattr(getattr(trainer, "datamodule", None), "task", module.task)
         report = {
             **module.summary(),
-            "split": split,
+            "stage": split,
+            "split": data_task.splits[split],
+            **({"best_score": best.best_score, "best_step": best.best_step} if best else {}),
             "scores": scores,
             "constant": "majority class" if module.task.labels else "the mean, always",
             "majority": self._majority(trainer, module, split),
@@ -146,8 +151,13 @@ def _table(report: dict[str, Any], metrics: tuple[str, ...]) -> Table:
     for metric in metrics:
         if metric in report["scores"]:
             beside = report["majority"].get(metric)
+            name = (
+                report["stage"] if report["stage"] == report["split"] else f"{report['stage']} (on {report['split']})"
+            )
             note = "" if beside is None else f"   ({report['constant']}: {beside:.4f})"
-            table.add_row(f"{report['split']} {metric}", f"{report['scores'][metric]:.4f}{note}")
+            table.add_row(f"{name} {metric}", f"{report['scores'][metric]:.4f}{note}")
+    if report.get("best_step", -1) >= 0:
+        table.add_row(f"best {metrics[0]}", f"{report['best_score']:.4f} at step {report['best_step']:,} (best.ckpt)")
     if "steps" in report:
         table.add_row("optimizer steps", f"{report['steps']:,}")
     table.add_row("seconds", f"{report['seconds']:.1f}")

@@ -62,7 +62,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, ArgumentError) or "Does not validate" in text:
         return _parse_problem(text), 2
     if isinstance(error, MisconfigurationException):
-        return text, 2
+        hint = "; on a machine without one, use configs/overlays/cpu.yaml" if "backend found" in text else ""
+        return f"{text}{hint}", 2
     if isinstance(error, OSError):
         return text, 1
     return f"{type(error).__name__}: {text} (run again with --debug for the traceback)", 1
@@ -76,6 +77,8 @@ def _parse_problem(text: str) -> str:
     if all(line.startswith("Parser key") for line in telling):
         telling = lines + [line.strip() for line in text.splitlines() if line.strip().startswith("Given value:")]
     message = " ".join(line.removeprefix("- ").replace("Parser key ", "option ") for line in telling)
+    if "are required: fit." in message:
+        message += "; give a configuration, as in: peft-lightning fit --config configs/sparse_adapter.yaml"
     if "Got value: True" in message or "Got value: False" in message:
         message += "; in YAML, put quotes around words such as yes, no, true and false"
     if 'option "model"' in message and ("dot import path" in message or "correspond to a subclass" in message):

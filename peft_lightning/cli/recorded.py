@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import yaml
 
+from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.loading import method_class, refuse_new_code
 
-__all__ = ["option", "with_recorded_settings"]
+__all__ = ["option", "refuse_linked", "with_recorded_settings"]
 
 LINKED = ("task", "seed", "max_length")  # options of the model that follow others
+# option that follows -> option that it follows
+FOLLOWS = {
+    "model.task": "data.task",
+    "model.max_length": "data.max_length",
+    "model.seed": "seed_everything",
+    "data.seed": "seed_everything",
+    "data.tokenizer": "model.backbone.tokenizer",
+}
 
 
 def with_recorded_settings(words: list[str], folder: Path) -> list[str]:
@@ -55,3 +65,32 @@ def option(words: list[str], name: str) -> str | None:
         if word.startswith(f"{name}="):
             return word.partition("=")[2]
     return None
+
+
+def refuse_linked(words: list[str]) -> None:
+    """Refuse options that follow others, given as flags or in YAML: the parser would drop them without a word.
+
+    And ask for a checkpoint, where one is needed, before the parser asks for a model.
+
+    Raises:
+        UsageError: names the option to give instead.
+    """
+    asks = any(word in ("-h", "--help") or ".help" in word or "print_config" in word for word in words)
+    if words[0] != "fit" and not asks and option(words, "--ckpt_path") is None:
+        raise UsageError(f"{words[0]}: give --ckpt_path, the checkpoint to {words[0]}")
+    given = {word.partition("=")[0].removeprefix("--").replace(".init_args", "") for word in words if word[:2] == "--"}
+    for name, following in zip(words, words[1:], strict=False):
+        if name == "--config" and Path(following).is_file():
+            with contextlib.suppress(yaml.YAMLError):  # the parser says what is wrong with the file
+                given |= _keys(yaml.safe_load(Path(following).read_text(encoding="utf-8")))
+    for name in sorted(given & FOLLOWS.keys()):
+        raise UsageError(f"--{name}: follows --{FOLLOWS[name]}; give that one")
+
+
+def _keys(content: object) -> set[str]:
+    keys: set[str] = set()
+    for part in ("model", "data"):
+        section = content.get(part) if isinstance(content, dict) else None
+        if isinstance(section, dict):
+            keys |= {f"{part}.{key}" for key in {**section, **(section.get("init_args") or {})}}
+    return keys

@@ -23,7 +23,7 @@ from peft_lightning.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoin
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.callbacks.progress import ProgressLine
 from peft_lightning.callbacks.report import Report
-from peft_lightning.cli.recorded import option, with_recorded_settings
+from peft_lightning.cli.recorded import option, refuse_linked, with_recorded_settings
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.files.strict import check_settings
@@ -216,6 +216,7 @@ def run(words: list[str]) -> None:
         UsageError, ArgumentError: for wrong options.
         PeftLightningError: for anything else that the user can act on.
     """
+    refuse_linked(words)
     with tempfile.TemporaryDirectory() as folder:
         words = with_recorded_settings(words, Path(folder))
         parser_options = {"exit_on_error": False}
@@ -229,7 +230,7 @@ def run(words: list[str]) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=42,
-            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False, "log_every_n_steps": 10},
             parser_kwargs={**parser_options, **{name: parser_options for name in TrainerCLI.subcommands()}},
         )
 

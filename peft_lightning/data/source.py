@@ -124,7 +124,9 @@ def _from_hub(task: Task, split: str) -> Source:
     # Whatever goes wrong in there (network, missing split, a changed repository), the way out is the same.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{name}: cannot be loaded: {reason}; allowed without it: root, a folder of files") from error
+        raise DataError(
+            f"{name}: cannot be loaded: {reason}; allowed without it: --data.root, a folder of files"
+        ) from error
     return _from_python(name, data)
 
 
@@ -144,7 +146,10 @@ def _find_file(root: Path, task: Task, split: str, stage: str) -> Path:
         names = ", ".join(path.name for path in paths)
         raise DataError(f"{folder}: has several files of split {split!r}: {names}; allowed: one")
     if not paths:
-        raise DataError(f"{folder}: has no split {split!r} (stage {stage}); there are: {', '.join(sorted(splits))}")
+        there = ", ".join(sorted(splits))
+        raise DataError(
+            f"{folder}: has no split {split!r} (stage {stage}); there are: {there}; --data.splits.{stage} chooses"
+        )
     return paths[0]
 
 

@@ -6,6 +6,8 @@ length in a random order per epoch; evaluation reads each row once, the longest 
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,6 +34,11 @@ _STAGES = {
 }
 
 
+# A share of unknown tokens above which a tokenizer does not speak the language of the data.
+_MANY = 0.2
+_log = logging.getLogger(__name__)
+
+
 class TaskDataModule(LightningDataModule):
     """Read, encode and batch the splits of a task.
 
@@ -40,6 +47,7 @@ class TaskDataModule(LightningDataModule):
         tokenizer: a folder, a hub name or ``toy``, from Python also a tokenizer; the module's own if null.
         root: a folder that holds the task's folder, or its files.
         rows: from Python, a list of dicts or a ``datasets.Dataset`` per split; comes before ``root``.
+        splits: from a stage (train, validation, test, predict) to the split it reads, where not the task's own.
         batch_size: rows per batch and rank in training.
         eval_batch_size: the same in validate, test and predict; ``batch_size`` if null.
         max_length: number of tokens to which a text or a pair is cut.
@@ -57,6 +65,7 @@ class TaskDataModule(LightningDataModule):
         tokenizer: str | None = None,
         root: str | None = None,
         rows: Any = None,
+        splits: dict[str, str] | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         max_length: int = 128,
@@ -65,7 +74,8 @@ class TaskDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        self.task = get_task(task)
+        chosen = get_task(task)
+        self.task = dataclasses.replace(chosen, splits={**chosen.splits, **(splits or {})})
         self.kind = build_kind(self.task)
         if rows is not None and not isinstance(rows, Mapping):
             raise UsageError(f"rows is a {type(rows).__name__}; allowed: a mapping from splits to their rows")
@@ -174,7 +184,14 @@ class TaskDataModule(LightningDataModule):
                 labelled=stage != "predict",
                 folder=cache_folder(self.cache_dir),
             )
+            self._warn_of_unknown_words(stage, self._encoded[key])
         return self._encoded[key]
+
+    def _warn_of_unknown_words(self, stage: str, data: Encoded) -> None:
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        share = float((data.ragged["input_ids"][0] == unknown).mean()) if unknown is not None else 0.0
+        if share > _MANY and getattr(self.trainer, "is_global_zero", True):
+            _log.warning("%.0f %% of the tokens of %s are unknown to the tokenizer", 100 * share, stage)
 
     def _loader(self, stage: str) -> Loader:
         data, trainer, training = self._load(stage), self.trainer, stage == "train"

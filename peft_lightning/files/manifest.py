@@ -46,7 +46,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: this folder holds no best.ckpt, last.ckpt or manifest.json")
         path = found[0]
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such checkpoint")
+        beside = path.with_name("last.ckpt")
+        hint = f"; there is {beside}" if beside.exists() else ""
+        raise CheckpointError(f"{path}: there is no such checkpoint{hint}")
     content = _read_adapter(path) if path.is_dir() else _read_checkpoint(path)
     manifest = content.get(MANIFEST_KEY)
     if not isinstance(manifest, dict) or "state_dict" not in content:

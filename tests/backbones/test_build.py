@@ -102,7 +102,7 @@ def test_a_tokenizer_without_padding_token(tmp_path: Path) -> None:
 
 
 def test_an_unknown_tokenizer() -> None:
-    with pytest.raises(UsageError, match="'/no/such/folder': cannot be loaded"):
+    with pytest.raises(UsageError, match="'/no/such/folder': its tokenizer cannot be loaded, there is no such folder"):
         load_tokenizer("/no/such/folder")
 
 

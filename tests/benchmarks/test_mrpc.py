@@ -96,6 +96,7 @@ def test_changes_that_are_not_committed_are_refused(tmp_path: Path, monkeypatch:
 
 def test_missing_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFT_LIGHTNING_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("PEFT_LIGHTNING_ENCODER", str(tmp_path))
     monkeypatch.setattr("benchmarks.shared.environment", lambda: {"dirty": False})
     with pytest.raises(UsageError, match="nowhere is no folder"):
         mrpc.main(["--out", str(tmp_path)])
