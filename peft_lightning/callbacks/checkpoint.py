@@ -111,7 +111,7 @@ class RunCheckpoint(Checkpoint):
         """
         metrics = (self._restored or {}).get("metrics", {})
         trainer._logger_connector._callback_metrics.update({name: torch.tensor(v) for name, v in metrics.items()})
-        self._metrics = dict(metrics)
+        self._metrics, self._restored = dict(metrics), None
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
             signal.signal(signal.SIGTERM, self._remember_signal)
             signal.signal(signal.SIGINT, self._remember_signal)

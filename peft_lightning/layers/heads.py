@@ -16,7 +16,7 @@ _STYLES = ("dense", "linear")
 
 
 class ClassificationHead(nn.Module):
-    """Map the first token's state to logits, in float32 whatever the backbone computes in.
+    """Map the first token's state to logits, in the dtype of its own weights, whatever the backbone computes in.
 
     Args:
         hidden_size: width H of the backbone.
