@@ -148,8 +148,8 @@ class TrainerCLI(LightningCLI):
             default_root_dir=str(folder),
             logger=loggers,
             enable_checkpointing=checkpoints,
-            callbacks=[*(config.get("callbacks") or []), *callbacks],
-            plugins=[*(config.get("plugins") or []), AtomicCheckpointIO()],
+            callbacks=[*_listed(config.get("callbacks")), *callbacks],
+            plugins=[*_listed(config.get("plugins")), AtomicCheckpointIO()],
             **kwargs,
         )
 
@@ -245,8 +245,13 @@ def _check_trainer(options: Any) -> None:
     ):
         if isinstance(value, int) and value < 1:
             raise UsageError(f"--{name} = {value}: must be at least 1")
-    if options.seed_everything is not True and int(options.seed_everything) < 0:
-        raise UsageError(f"--seed_everything = {options.seed_everything}: must be at least 0")
+    seed = options.seed_everything
+    if isinstance(seed, bool) or seed < 0:  # a run that draws its seed cannot be repeated or gone on with
+        raise UsageError(f"--seed_everything = {seed}: must be a number, at least 0")
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def _tokenizer_of(backbone: Any) -> str | None:

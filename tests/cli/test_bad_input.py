@@ -89,6 +89,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "saving": (["--save_every_n_steps", "0"], "--save_every_n_steps = 0: must be at least 1"),
     "default root": (["--trainer.default_root_dir", "x"], "chosen by --run_dir"),
     "negative seed": (["--seed_everything", "-5"], "seed_everything = -5"),
+    "drawn seed": (["--seed_everything", "true"], "seed_everything = True: must be a number"),
     "no end": (["--trainer.max_steps", "-1"], "give trainer.max_steps"),
     "an option that follows": (["--model.init_args.seed", "3"], "--model.seed: follows --seed_everything"),
     "a task in the wrong place": (["--model.task", "mrpc"], "--model.task: follows --data.task"),
