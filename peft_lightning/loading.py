@@ -12,7 +12,7 @@ from peft_lightning.errors import CheckpointError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.module import MethodModule
 
-__all__ = ["load", "method_class", "refuse_new_code"]
+__all__ = ["kind_of", "load", "method_class", "refuse_new_code"]
 
 
 def method_class(class_path: str) -> type[MethodModule]:
@@ -43,7 +43,7 @@ def load(path: str | Path, *, backbone: Any = None) -> Any:
     content = read_file(path)
     manifest = content[MANIFEST_KEY]
     values = dict(manifest["hyper_parameters"])
-    refuse_new_code(values.get("task"), path)
+    refuse_new_code(kind_of(values.get("task")), path)
     if backbone is not None:
         values["backbone"] = backbone
     try:
@@ -55,16 +55,24 @@ def load(path: str | Path, *, backbone: Any = None) -> Any:
     return module.eval()
 
 
-def refuse_new_code(task: Any, path: Any) -> None:
-    """A task's kind may be a class outside this package; a file must not decide what gets imported.
+def kind_of(task: Any) -> str:
+    """The kind that a recorded task names; empty for a name of the task table, whose kinds are this package's."""
+    return str(task.get("kind", "")) if isinstance(task, dict) else ""
+
+
+def refuse_new_code(class_path: str, path: Any) -> None:
+    """A file may name a class outside this package; it must not decide what gets imported.
+
+    Args:
+        class_path: dotted path of the class; a name without a dot is this package's own.
+        path: the file, for the message.
 
     Raises:
-        CheckpointError: if the kind's module has not been imported by the user.
+        CheckpointError: if the class's module has not been imported by the user.
     """
-    kind = task.get("kind", "") if isinstance(task, dict) else ""
-    module = str(kind).rpartition(".")[0]
+    module = str(class_path).rpartition(".")[0]
     if module and module not in sys.modules:
-        raise CheckpointError(f"{path}: it names the class {kind!r}; import {module} first if you trust it")
+        raise CheckpointError(f"{path}: it names the class {class_path!r}; import {module} first if you trust it")
 
 
 def _subclasses(kind: type[Any]) -> Iterator[type[Any]]:

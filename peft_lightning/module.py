@@ -243,19 +243,19 @@ class MethodModule(L.LightningModule, ABC):
             CheckpointError: lists what is missing, unexpected or of another shape, whatever ``strict`` says.
         """
         frozen = self.state_dict().keys() - self.owned_state().keys()
-        check_tensors({n: t for n, t in state_dict.items() if n not in frozen}, self.owned_state(), "state_dict")
+        check_tensors({n: t for n, t in state_dict.items() if n not in frozen}, self.owned_state(), "checkpoint")
         super().load_state_dict(state_dict, strict=False, assign=assign)
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what does not fit before any tensor is touched.
+        """Refuse what does not fit before any tensor is touched; :meth:`load_state_dict` compares the tensors.
 
         Raises:
-            CheckpointError: lists the difference of backbone or tensors.
+            CheckpointError: lists the difference of the backbone.
+            UsageError: names a setting that the file decides and that differs here.
         """
         self.configure_model()
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         recorded = checkpoint.get(MANIFEST_KEY, {}).get("hyper_parameters", {})
         check_settings(recorded, self.hparams, [key for key in self.fixed_by_file if fitting or key != "optim"])
         check_fingerprint(checkpoint.get(MANIFEST_KEY, {}).get("backbone"), self.backbone_fingerprint, "checkpoint")
-        check_tensors(checkpoint["state_dict"], self.owned_state(), "checkpoint")

@@ -65,8 +65,6 @@ class TaskModule(MethodModule):
         self.backbone_config = as_backbone_config(backbone)
         self.kind = build_kind(self.task)
         self.head_style, self.head_dropout, self.max_length = head, head_dropout, max_length
-        if not 0 <= head_dropout < 1:
-            raise UsageError(f"head_dropout = {head_dropout}: must lie in [0, 1)")
         classes = len(self.task.labels)
         if class_weights is not None and (len(class_weights) != classes or not all(w > 0 for w in class_weights)):
             raise UsageError(

@@ -30,3 +30,17 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
         atomic_write(target, fail)
     assert target.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_writers_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+    """As on a file system of several machines, where process numbers repeat."""
+    target = tmp_path / "file"
+
+    def outer(file: BinaryIO) -> None:
+        file.write(b"outer")
+        atomic_write(target, lambda inner: inner.write(b"inner"))
+        assert target.read_bytes() == b"inner"
+
+    atomic_write(target, outer)
+    assert target.read_bytes() == b"outer"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -5,6 +5,7 @@ A command is either run here or named in ``ELSEWHERE`` with the reason and what 
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from peft_lightning.backbones.build import BackboneConfig, build_backbone
+from peft_lightning.backbones.toy import toy_tokenizer
 from peft_lightning.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,9 +28,8 @@ ELSEWHERE = {
     "make test": "this is it",
     "make bench-mrpc": "takes up to 45 minutes; tests/benchmarks runs it with --tiny",
     "make bench-speed": "takes minutes; tests/benchmarks runs it with --tiny",
-    f"peft-lightning fit --config configs/sparse_adapter.yaml {HUB}": "needs a hub and a GPU",
-    "peft-lightning fit --config configs/sparse_adapter.yaml --config configs/overlays/cpu.yaml --model.backbone.name "
-    "path/to/encoder --data.root path/to/data --data.task rte": "tests/methods/test_real_encoder.py runs its like",
+    f"peft-lightning fit --config configs/sparse_adapter.yaml {HUB}": "needs a hub and a GPU; two steps of it run in "
+    "tests/test_configs.py, on a CPU and a toy",
 }
 
 
@@ -101,12 +103,24 @@ def _shape(text: str) -> list[str]:
 
 def test_commands_of_the_readme_run(workplace: Path) -> None:
     _write_reviews(workplace)
+    _write_encoder_and_data(workplace / "path" / "to")
     ran = [command for command in _commands(DOCUMENTS[0]) if command.startswith("peft-lightning")]
     for command in ran:
         if command not in ELSEWHERE:
             _run(command)
     assert len((workplace / "runs" / "first" / "predictions.jsonl").read_text().splitlines()) > 0
     assert (workplace / "runs" / "reviews" / "report.json").is_file()
+
+
+def _write_encoder_and_data(folder: Path) -> None:
+    """Write what the README calls path/to/encoder and path/to/data: a small random encoder, and a few rows of RTE."""
+    backbone = build_backbone(BackboneConfig(config={"model_type": "bert", "hidden_size": 24}, tokenizer="toy"))
+    backbone.save_pretrained(folder / "encoder")  # type: ignore[operator]
+    toy_tokenizer().save_pretrained(folder / "encoder")
+    (folder / "data" / "rte").mkdir(parents=True)
+    rows = [{"sentence1": "the cat", "sentence2": "the dog", "label": i % 2} for i in range(16)]
+    for split in ("train", "validation"):
+        (folder / "data" / "rte" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _write_reviews(folder: Path) -> None:

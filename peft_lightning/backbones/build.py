@@ -62,12 +62,17 @@ class BackboneConfig:
 
     @property
     def tokenizer_name(self) -> str:
-        """The tokenizer's folder, hub name, or ``toy``."""
-        return self.tokenizer or str(self.name)
+        """The tokenizer's folder, hub name (with ``@revision`` where the backbone has one), or ``toy``."""
+        return str(self.tokenizer_of(self.name, self.tokenizer, self.revision))
+
+    @staticmethod
+    def tokenizer_of(name: str | None, tokenizer: str | None, revision: str | None) -> str | None:
+        """The tokenizer that goes with a backbone: the one named, or the backbone's own at the same revision."""
+        return tokenizer or (f"{name}@{revision}" if name and revision else name)
 
 
 def load_tokenizer(name: str) -> Any:
-    """A tokenizer from a folder, a hub name, or the built-in ``toy`` one.
+    """A tokenizer from a folder, a hub name (``name@revision`` for a revision), or the built-in ``toy`` one.
 
     Raises:
         UsageError: if it cannot be loaded or has no padding token.
@@ -81,7 +86,9 @@ def load_tokenizer(name: str) -> Any:
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded, there is no such folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        # a folder's own name may hold the sign, a hub name cannot
+        repository, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+        tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision or None)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded ({_first_line(error)})") from error
     if tokenizer.pad_token_id is None:

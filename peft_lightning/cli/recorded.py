@@ -9,9 +9,9 @@ import yaml
 
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
-from peft_lightning.loading import method_class, refuse_new_code
+from peft_lightning.loading import kind_of, method_class, refuse_new_code
 
-__all__ = ["option", "refuse_linked", "with_recorded_settings"]
+__all__ = ["option", "refuse_linked", "require_checkpoint", "with_recorded_settings"]
 
 LINKED = ("task", "seed", "max_length")  # options of the model that follow others
 # option that follows -> option that it follows
@@ -37,13 +37,13 @@ def with_recorded_settings(words: list[str], folder: Path) -> list[str]:
     manifest = read_file(path)[MANIFEST_KEY]
     values = dict(manifest["hyper_parameters"])
     method_class(str(manifest["class"]))
-    refuse_new_code(values.get("task"), path)
+    refuse_new_code(kind_of(values.get("task")), path)
     data = manifest.get("run_config", {}).get("data") or {
         "class_path": "TaskDataModule",
         "init_args": {"task": values["task"], "max_length": values["max_length"]},
     }
-    refuse_new_code({"kind": data["class_path"]}, path)
-    refuse_new_code(data["init_args"].get("task"), path)
+    refuse_new_code(data["class_path"], path)
+    refuse_new_code(kind_of(data["init_args"].get("task")), path)
     recorded = {
         "seed_everything": values["seed"],
         "model": {
@@ -67,17 +67,23 @@ def option(words: list[str], name: str) -> str | None:
     return None
 
 
+def require_checkpoint(words: list[str]) -> None:
+    """Every command but ``fit`` works on a checkpoint, given as a flag; ask for it before the parser asks for a model.
+
+    Raises:
+        UsageError: if there is none, and the words do not just ask for help or the configuration.
+    """
+    asks = any(word in ("-h", "--help") or ".help" in word or "print_config" in word for word in words)
+    if words[0] != "fit" and not asks and not option(words, "--ckpt_path"):
+        raise UsageError(f"{words[0]}: give --ckpt_path, the checkpoint to {words[0]}")
+
+
 def refuse_linked(words: list[str]) -> None:
     """Refuse options that follow others, given as flags or in YAML: the parser would drop them without a word.
-
-    And ask for a checkpoint, where one is needed, before the parser asks for a model.
 
     Raises:
         UsageError: names the option to give instead.
     """
-    asks = any(word in ("-h", "--help") or ".help" in word or "print_config" in word for word in words)
-    if words[0] != "fit" and not asks and option(words, "--ckpt_path") is None:
-        raise UsageError(f"{words[0]}: give --ckpt_path, the checkpoint to {words[0]}")
     given = {word.partition("=")[0].removeprefix("--").replace(".init_args", "") for word in words if word[:2] == "--"}
     for name, following in zip(words, words[1:], strict=False):
         if name == "--config" and Path(following).is_file():

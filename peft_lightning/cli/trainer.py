@@ -19,11 +19,12 @@ from rich.console import Console
 import peft_lightning.data.supervised
 import peft_lightning.methods  # noqa: F401
 from peft_lightning.atomic import atomic_write
+from peft_lightning.backbones.build import BackboneConfig
 from peft_lightning.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.callbacks.progress import ProgressLine
 from peft_lightning.callbacks.report import Report
-from peft_lightning.cli.recorded import option, refuse_linked, with_recorded_settings
+from peft_lightning.cli.recorded import option, refuse_linked, require_checkpoint, with_recorded_settings
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.files.strict import check_settings
@@ -76,10 +77,9 @@ class TrainerCLI(LightningCLI):
         options = self.options
         if self.subcommand != "fit":
             # The flag, not what some configuration file says: what the checkpoint records was read by the flag.
-            options.ckpt_path = option(sys.argv, "--ckpt_path")
-            if not options.ckpt_path:
-                raise UsageError(f"{self.subcommand}: give --ckpt_path, the checkpoint to {self.subcommand}")
-            options.run_dir = options.run_dir or str(Path(options.ckpt_path).parent)
+            path = str(option(sys.argv, "--ckpt_path"))
+            options.ckpt_path = path
+            options.run_dir = options.run_dir or str(Path(path).parent)
             return
         if options.run_dir is None:
             method = options.model.class_path.rpartition(".")[2].removesuffix("Module")
@@ -216,6 +216,7 @@ def run(words: list[str]) -> None:
         UsageError, ArgumentError: for wrong options.
         PeftLightningError: for anything else that the user can act on.
     """
+    require_checkpoint(words)
     refuse_linked(words)
     with tempfile.TemporaryDirectory() as folder:
         words = with_recorded_settings(words, Path(folder))
@@ -257,7 +258,7 @@ def _listed(value: Any) -> list[Any]:
 def _tokenizer_of(backbone: Any) -> str | None:
     if backbone is None or isinstance(backbone, str):
         return backbone
-    return backbone.get("tokenizer") or backbone.get("name")
+    return BackboneConfig.tokenizer_of(backbone.get("name"), backbone.get("tokenizer"), backbone.get("revision"))
 
 
 def _task_name(task: Any) -> str:

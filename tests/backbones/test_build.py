@@ -110,3 +110,17 @@ def test_families() -> None:
     assert family_of("bert").tail == "dropout"
     with pytest.raises(UsageError, match="'gpt2': adapters know where to attach in bert only"):
         family_of("gpt2")
+
+
+def test_a_tokenizer_has_the_revision_of_its_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def from_pretrained(name: str, revision: str | None = None) -> Any:
+        asked.append((name, revision))
+        return toy_tokenizer()
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    for revision, tokenizer in (("abc", None), (None, None), ("abc", "org/other")):
+        config = BackboneConfig(name="org/model", revision=revision, tokenizer=tokenizer)
+        load_tokenizer(config.tokenizer_name)
+    assert asked == [("org/model", "abc"), ("org/model", None), ("org/other", None)]

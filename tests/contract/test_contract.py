@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from peft_lightning import load
 from peft_lightning.backbones.toy import toy_tokenizer
@@ -184,9 +184,10 @@ def test_the_compile_setting_trains_alike(method: type[MethodModule], tmp_path: 
     )
 
 
+@pytest.mark.parametrize("sized", [True, False])
 @pytest.mark.parametrize(("rows", "class_weights"), [(40, None), (41, None), (40, [1.0, 5.0])])
 def test_accumulation_equals_the_large_batch(
-    method: type[MethodModule], rows: int, class_weights: list[float] | None
+    method: type[MethodModule], rows: int, class_weights: list[float] | None, sized: bool
 ) -> None:
     """Groups of 2 x 8 rows equal batches of 16, also where micro-batches weigh differently or a group is short."""
     content = toy_rows("toy_sentiment", "train", size=rows)
@@ -197,17 +198,27 @@ def test_accumulation_equals_the_large_batch(
     ends = []
     for size, group in ((8, 2), (16, 1)):
         module = build(method, dropout=0.0, class_weights=class_weights, **options)
-        loader = fixed_batches(content, size)
-        trainer(max_epochs=1, accumulate_grad_batches=group, gradient_clip_val=0.5).fit(module, loader)
+        loader = fixed_batches(content, size, sized)
+        trainer(max_epochs=1, max_steps=100, accumulate_grad_batches=group, gradient_clip_val=0.5).fit(module, loader)
         ends.append(module.owned_state())
     assert_close(ends[0], ends[1], rtol=1e-4, atol=2e-6)
 
 
-def fixed_batches(rows: list[dict[str, Any]], size: int) -> DataLoader[Any]:
-    """An ordinary loader of batches in the rows' order."""
+class Stream(IterableDataset[Any]):
+    """Batches without a length."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+def fixed_batches(rows: list[dict[str, Any]], size: int, sized: bool) -> DataLoader[Any]:
+    """An ordinary loader of batches in the rows' order, with or without a length."""
     tokenizer = toy_tokenizer()
     batches = []
     for chunk in (rows[i : i + size] for i in range(0, len(rows), size)):
         inputs = tokenizer([row["text"] for row in chunk], padding=True, return_tensors="pt")
         batches.append({"inputs": dict(inputs), "labels": torch.tensor([row["label"] for row in chunk])})
-    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    return DataLoader(batches if sized else Stream(batches), batch_size=None)  # type: ignore[arg-type]

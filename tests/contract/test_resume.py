@@ -139,3 +139,14 @@ def test_another_batch_size_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, max_epochs=2).fit(
             build(METHODS[0]), datamodule=source, ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True
         )
+
+
+def test_a_best_score_counts_only_beside_its_file(tmp_path: Path) -> None:
+    run(METHODS[0], tmp_path / "one", [], max_epochs=1)
+    content = torch.load(tmp_path / "one" / "last.ckpt", weights_only=True)
+    content["callbacks"]["RunCheckpoint"]["best_score"] = 1.0  # nothing beats it
+    torch.save(content, tmp_path / "high.ckpt")
+    fit = trainer(tmp_path / "two", max_epochs=2)
+    path = str(tmp_path / "high.ckpt")
+    fit.fit(build(METHODS[0]), datamodule=data(batch_size=8, rows=rows()), ckpt_path=path, weights_only=True)
+    assert (tmp_path / "two" / "best.ckpt").exists()
