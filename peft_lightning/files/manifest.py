@@ -1,7 +1,8 @@
 """What our files say of themselves, and how they are read.
 
 A checkpoint (``.ckpt``) holds tensors and plain containers and is read with ``weights_only=True``. An exported adapter
-is a folder of ``adapter.safetensors`` and ``manifest.json`` with the SHA-256 of the former.
+is a folder of ``adapter.safetensors`` and ``manifest.json`` with the SHA-256 of the former; tensors with masks are
+packed there (files/packed).
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import CheckpointError
+from peft_lightning.files.packed import pack, unpack
 
 __all__ = ["FORMAT", "MANIFEST_KEY", "read_file", "write_adapter"]
 
 MANIFEST_KEY = "peft_lightning"
-FORMAT = 1
+FORMAT = 2
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -54,7 +54,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or "state_dict" not in content:
         raise CheckpointError(f"{path}: was not written by peft_lightning (it has no manifest)")
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest.get('format')} is not the format {FORMAT} that is read here")
+        raise CheckpointError(
+            f"{path}: format {manifest.get('format')} is not the format {FORMAT} that is read here; "
+            "use the version of peft_lightning that wrote it, or train again"
+        )
     return content
 
 
@@ -79,8 +82,8 @@ def _read_adapter(folder: Path) -> dict[str, Any]:
             raise ValueError("manifest.json holds no mapping")
         if hashlib.sha256(payload).hexdigest() != manifest.get("sha256"):
             raise ValueError("the SHA-256 of adapter.safetensors differs from the manifest's")
-        return {"state_dict": load_safetensors(payload), MANIFEST_KEY: manifest}
-    except (OSError, ValueError, SafetensorError) as error:
+        return {"state_dict": unpack(payload), MANIFEST_KEY: manifest}
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: damaged or incomplete adapter ({error})") from error
 
 
@@ -89,11 +92,11 @@ def write_adapter(folder: str | Path, tensors: Mapping[str, Tensor], manifest: M
 
     Args:
         folder: made if needed; an adapter in it is replaced.
-        tensors: what the method trained, and its masks.
+        tensors: what the method trained, and its masks (``X_mask`` beside ``X``), which are packed.
         manifest: JSON-able description; ``sha256`` is added.
     """
     folder = Path(folder)
-    payload = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    payload = pack(tensors)
     described = {**manifest, "sha256": hashlib.sha256(payload).hexdigest()}
     (folder / "manifest.json").unlink(missing_ok=True)
     atomic_write(folder / "adapter.safetensors", lambda file: file.write(payload))
