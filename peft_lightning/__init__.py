@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from peft_lightning.backbones.build import BackboneConfig
     from peft_lightning.callbacks.checkpoint import RunCheckpoint
     from peft_lightning.data.supervised import TaskDataModule
+    from peft_lightning.layers.adapters import AdapterConfig
     from peft_lightning.loading import load
     from peft_lightning.methods.fine_tune import FineTuneModule
-    from peft_lightning.methods.sparse_adapter import AdapterConfig, PruneConfig, SparseAdapterModule
+    from peft_lightning.methods.sparse_adapter import PruneConfig, SparseAdapterModule
     from peft_lightning.settings import OptimConfig
     from peft_lightning.tasks.table import Task
 
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "AdapterConfig": "methods.sparse_adapter",
+    "AdapterConfig": "layers.adapters",
     "BackboneConfig": "backbones.build",
     "FineTuneModule": "methods",
     "OptimConfig": "settings",

@@ -6,6 +6,7 @@ from the training step to ``predict``, is here. Shapes: B rows, L tokens, H widt
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from peft_lightning.backbones.build import (
     fingerprint,
     load_tokenizer,
 )
+from peft_lightning.backbones.families import FAMILIES
 from peft_lightning.errors import UsageError
 from peft_lightning.module import MethodModule
 from peft_lightning.settings import OptimConfig
@@ -98,6 +100,10 @@ class TaskModule(MethodModule):
         """Backbone, head, then whatever the method attaches."""
         self.backbone = build_backbone(self.backbone_config)
         self.backbone_fingerprint = fingerprint(self.backbone)
+        # a tokenizer may give what an architecture has no use for, such as token types
+        self._input_names = set(inspect.signature(type(self.backbone).forward).parameters)
+        family = FAMILIES.get(cast(Any, self.backbone.config).model_type)
+        self._pooling = family.pooling if family else "first"
         width = cast(Any, self.backbone.config).hidden_size
         self.head = self.kind.head(width, self.head_style, self.head_dropout)
         self.attach()
@@ -166,7 +172,12 @@ class TaskModule(MethodModule):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Tokenizer outputs, each int64 ``[B, L]`` -> fp32 logits ``[B, C]``."""
-        hidden_BLH = self.backbone(**inputs).last_hidden_state
+        known = {name: tensor for name, tensor in inputs.items() if name in self._input_names}
+        hidden_BLH = self.backbone(**known).last_hidden_state
+        if self._pooling == "last":
+            mask_BL = inputs["attention_mask"]
+            last_B = (mask_BL * torch.arange(1, mask_BL.shape[1] + 1, device=mask_BL.device)).argmax(dim=1)
+            hidden_BLH = hidden_BLH[torch.arange(len(last_B), device=last_B.device), last_B].unsqueeze(1)
         return cast(Tensor, self.head(hidden_BLH))
 
     def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -117,6 +117,8 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
             hf_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
         model_class = AutoModel._model_mapping[type(hf_config)]
         extra = {"add_pooling_layer": False} if _takes(model_class, "add_pooling_layer") else {}
+        if getattr(hf_config, "use_cache", False):  # keys and values of earlier tokens serve generation only
+            hf_config.use_cache = False
         if config.attention != "auto":
             hf_config._attn_implementation = config.attention
         if config.config is not None:

@@ -5,32 +5,122 @@ A row names submodules only; what is done with them is a layer's or a method's b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 from peft_lightning.errors import UsageError
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "Place", "family_of"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point of a transformer layer where an adapter computes, relative to the layer ("" is the layer itself).
+
+    Attributes:
+        owner: submodule that gets the adapter as a child.
+        hook: submodule whose call the adapter changes.
+        how: name of the adapter's hook.
+        last: where no submodule spans the feed-forward block, its last map; ``hook`` is then its first.
+    """
+
+    owner: str
+    hook: str
+    how: str = "after"
+    last: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Submodule names of one architecture family, relative to the bare encoder.
+    """Submodule names of one architecture family, relative to the bare model.
 
     Attributes:
-        layer: path of a transformer layer.
-        attention_output: sublayer that ends the attention block, relative to the layer.
-        ffn_output: sublayer that ends the feed-forward block, relative to the layer.
-        tail: submodule of both whose output is added to the residual stream (a sequential adapter follows it).
+        stacks: path of a transformer layer and the configuration's name for their number, for each stack.
+        sequential: where an adapter follows a block, before the residual sum: attention, feed-forward.
+        closing: the end of a layer; its hook is the LayerNorm after the residual sum, or the layer where the norms
+            come first.
+        parallel: where an adapter runs beside the feed-forward block.
+        linears: the linear maps of a layer.
+        query_value: those of them that project to queries and to values.
+        prefixes: the attention module that takes prefixes, or None.
+        pooling: the token that stands for a text: first, or last (attention that only looks back).
     """
 
-    layer: str
-    attention_output: str
-    ffn_output: str
-    tail: str
+    stacks: tuple[tuple[str, str], ...]
+    sequential: tuple[Place, ...]
+    closing: Place
+    parallel: Place
+    linears: tuple[str, ...]
+    query_value: tuple[str, str]
+    prefixes: str | None = None
+    pooling: str = "first"
 
+    def layers(self, config: Any) -> Iterator[str]:
+        """Paths of all transformer layers, in order."""
+        for path, count in self.stacks:
+            yield from (path.format(i=i) for i in range(getattr(config, count)))
+
+
+_BERT = Family(
+    stacks=(("encoder.layer.{i}", "num_hidden_layers"),),
+    sequential=(Place("attention.output", "attention.output.dropout"), Place("output", "output.dropout")),
+    closing=Place("output", "output.LayerNorm", "around_norm"),
+    parallel=Place("output", "output", "beside_residual"),
+    linears=(
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    ),
+    query_value=("attention.self.query", "attention.self.value"),
+    prefixes="attention.self",
+)
+_DEBERTA = replace(
+    _BERT,
+    linears=tuple(f"{name}_proj" if name.startswith("attention.self.") else name for name in _BERT.linears),
+    query_value=("attention.self.query_proj", "attention.self.value_proj"),
+    prefixes=None,
+)
+_BART = Family(
+    stacks=(("encoder.layers.{i}", "encoder_layers"), ("decoder.layers.{i}", "decoder_layers")),
+    # The hidden dropout is a function here, so an adapter comes before it. Cross-attention has none, as in AdapterHub.
+    sequential=(Place("self_attn.out_proj", "self_attn.out_proj"), Place("fc2", "fc2")),
+    closing=Place("final_layer_norm", "final_layer_norm", "around_norm"),
+    parallel=Place("fc2", "fc1", "beside_remembered", "fc2"),
+    linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
+    query_value=("self_attn.q_proj", "self_attn.v_proj"),
+    pooling="last",
+)
+_LLAMA = Family(
+    stacks=(("layers.{i}", "num_hidden_layers"),),
+    sequential=(Place("self_attn.o_proj", "self_attn.o_proj"), Place("mlp.down_proj", "mlp.down_proj")),
+    closing=Place("", ""),
+    parallel=Place("mlp", "mlp", "beside"),
+    linears=(
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ),
+    query_value=("self_attn.q_proj", "self_attn.v_proj"),
+    pooling="last",
+)
 
 FAMILIES: dict[str, Family] = {
-    "bert": Family(layer="encoder.layer.{i}", attention_output="attention.output", ffn_output="output", tail="dropout"),
+    "bert": _BERT,
+    "roberta": _BERT,
+    "electra": replace(_BERT, prefixes=None),
+    "deberta-v2": _DEBERTA,
+    "bart": _BART,
+    "llama": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
 }
 
 

@@ -1,14 +1,28 @@
-"""Which adapter, where, how wide: from a setting to layers inside a backbone."""
+"""Which adapter, where, how wide: from a setting to layers inside a backbone.
+
+MAM is He et al.'s Mix-And-Match adapter (2022, section 4.6): prefixes in attention and a parallel adapter beside the
+feed-forward block. Deviation: SparseAdapter divides the parameters equally between the two, so both get the same
+number of weights here (2 r D a layer each), where He et al. give the prefix a small share.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
+from torch import nn
+
+from peft_lightning.backbones.families import FAMILIES, Family, Place, family_of
 from peft_lightning.errors import UsageError
+from peft_lightning.layers.bottleneck import NONLINEARITIES, Bottleneck
+from peft_lightning.layers.inject import add_child, select_sites
+from peft_lightning.layers.lora import LoRA
+from peft_lightning.layers.prefix import Prefix, enable_prefixes
 
-__all__ = ["AdapterConfig"]
+__all__ = ["KINDS", "AdapterConfig", "attach_adapters", "refusal"]
 
-KINDS = ("houlsby", "pfeiffer", "parallel", "lora", "mam")
+KINDS: dict[str, float] = {"houlsby": 1.0, "pfeiffer": 1.0, "parallel": 4.0, "lora": 1.0, "mam": 4.0}
+"""Kinds of adapters, with the usual scaling: 4 is He et al.'s for parallel adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +33,8 @@ class AdapterConfig:
         kind: houlsby, pfeiffer, parallel, lora or mam (Mix-And-Match: prefixes and parallel adapters).
         bottleneck: r, the inner width; LoRA's rank; in MAM also the number of prefix positions, so that both halves
             have the same number of weights.
-        nonlinearity: relu, gelu, gelu_new, tanh, silu, leaky_relu or identity; LoRA has none.
-        scaling: factor of the adapter's output; LoRA's alpha / r. None: what the kind's paper uses.
+        nonlinearity: relu, gelu, gelu_new, tanh, silu, leaky_relu or identity; LoRA and prefixes have none.
+        scaling: factor of the adapter's output; LoRA's alpha / r. None: what is usual for the kind.
         init_std: standard deviation of the matrices at initialisation (LoRA: of A; B starts from 0).
         target: regular expression over the sites' paths; adapters go where it is found. None: everywhere, and for
             LoRA the projections of query and value.
@@ -43,5 +57,103 @@ class AdapterConfig:
             raise UsageError(f"adapter.kind = {self.kind!r}: must be one of {', '.join(KINDS)}")
         if self.bottleneck < 1:
             raise UsageError(f"adapter.bottleneck = {self.bottleneck}: must be at least 1")
+        if self.nonlinearity not in NONLINEARITIES:
+            raise UsageError(
+                f"adapter.nonlinearity = {self.nonlinearity!r}: must be one of {', '.join(NONLINEARITIES)}"
+            )
         if not self.init_std >= 0:
             raise UsageError(f"adapter.init_std = {self.init_std}: must be at least 0")
+
+    @property
+    def factor(self) -> float:
+        """The scaling in force."""
+        return KINDS[self.kind] if self.scaling is None else self.scaling
+
+
+def refusal(model_type: str, kind: str) -> str | None:
+    """Why a kind of adapter cannot be attached to an architecture, or None where it can."""
+    if model_type not in FAMILIES:
+        return f"adapters know where to attach in {', '.join(FAMILIES)} only"
+    if kind == "mam" and FAMILIES[model_type].prefixes is None:
+        able = [name for name, family in FAMILIES.items() if family.prefixes]
+        return f"prefixes enter the attention of {' and '.join(able)} only"
+    return None
+
+
+def attach_adapters(
+    backbone: nn.Module, config: AdapterConfig, *, masked: bool = False, multiplier: int = 1
+) -> dict[str, nn.Module]:
+    """Build the adapters that a setting asks for and hook them on a backbone.
+
+    Args:
+        backbone: a bare model of transformers, changed in place.
+        config: kind, shape and place.
+        masked: whether the adapters' matrices carry masks.
+        multiplier: factor of the inner width (Large-Sparse).
+
+    Returns:
+        The new modules by their path inside the backbone.
+
+    Raises:
+        UsageError: if the architecture does not take this kind, or the target or the name is wrong.
+    """
+    hf_config: Any = backbone.config
+    if (reason := refusal(hf_config.model_type, config.kind)) is not None:
+        raise UsageError(f"adapter.kind = {config.kind!r} on a backbone of type {hf_config.model_type!r}: {reason}")
+    family = family_of(hf_config.model_type)
+    sites = [
+        (f"{layer}.{place.owner}".rstrip("."), layer, place)
+        for layer in family.layers(hf_config)
+        for place in _places(family, config.kind)
+    ]
+    if config.kind == "lora" and config.target is None:
+        chosen = {site for site, _, place in sites if place.owner in family.query_value}
+    else:
+        chosen = set(select_sites([site for site, *_ in sites], config.target or ""))
+    adapters: dict[str, nn.Module] = {}
+    for site, layer, place in sites:
+        if site in chosen:
+            adapter = _build(backbone, site, config, place.how, config.bottleneck * multiplier, masked)
+            group = {LoRA: "loras", Prefix: "prefixes"}.get(type(adapter), "adapters")
+            adapters[add_child(backbone, site, group, config.name, adapter)] = adapter
+            _hook(backbone, layer, place, adapter)
+    return adapters
+
+
+def _places(family: Family, kind: str) -> list[Place]:
+    if kind == "houlsby":
+        return list(family.sequential)
+    if kind == "pfeiffer":
+        return [family.closing]
+    if kind == "lora":
+        return [Place(name, name, "lora") for name in family.linears]
+    if kind == "parallel":
+        return [family.parallel]
+    assert family.prefixes is not None
+    return [Place(family.prefixes, family.prefixes, "prefix"), family.parallel]
+
+
+def _build(backbone: nn.Module, site: str, config: AdapterConfig, how: str, inner: int, masked: bool) -> nn.Module:
+    width = cast(Any, backbone.config).hidden_size
+    common: dict[str, Any] = {"init_std": config.init_std, "masked": masked}
+    if how == "prefix":
+        return Prefix(width, inner, **common)
+    if how == "lora":
+        linear = cast(nn.Linear, backbone.get_submodule(site))
+        return LoRA(linear.in_features, linear.out_features, inner, scaling=config.factor, **common)
+    return Bottleneck(width, inner, nonlinearity=config.nonlinearity, scaling=config.factor, **common)
+
+
+def _hook(backbone: nn.Module, layer: str, place: Place, adapter: nn.Module) -> None:
+    first = backbone.get_submodule(f"{layer}.{place.hook}".rstrip("."))
+    if isinstance(adapter, Prefix):
+        enable_prefixes(backbone)
+    elif isinstance(adapter, LoRA):
+        first.register_forward_hook(adapter.after)
+    elif isinstance(adapter, Bottleneck) and place.how == "beside_residual":
+        first.register_forward_pre_hook(adapter.beside_residual)
+    elif isinstance(adapter, Bottleneck) and place.last:
+        first.register_forward_pre_hook(adapter.remember)
+        backbone.get_submodule(f"{layer}.{place.last}").register_forward_hook(adapter.beside_remembered)
+    else:
+        first.register_forward_hook(getattr(adapter, place.how))

@@ -1,72 +1,43 @@
-"""Bottleneck adapters (Houlsby et al., 2019) with optional weight masks (SparseAdapter, figure 3b).
+"""Bottleneck adapters and the three places where they compute (Houlsby 2019, Pfeiffer 2020, He 2022).
 
-    h <- h + c * (W_up a(W_down h + b_down) + b_up),    W~ = W * m
+    f(h) = W_up a(W_down h + b_down) + b_up
 
-Symbols: ``h`` = hidden states, ``a`` = nonlinearity, ``c`` = scaling, ``m`` = binary mask. Shapes: B batch, L tokens,
-D model width, R bottleneck. Submodule names are AdapterHub's (``adapter_down.0``, ``adapter_up``). Both matrices start
-from a normal distribution, biases from 0. Unlike SparseAdapter's released code there is no LayerNorm on the input.
+    sequential     h <- h + c f(h)                  after a block, before the residual sum (Houlsby et al., 2019)
+    around a norm  LN(s) <- LN(s + c f(LN(s)))      s = the sum that the layer's last norm gets (Pfeiffer et al., 2020)
+    parallel       F(x) <- F(x) + c f(x)            beside the feed-forward block F (He et al., 2022, table 1)
 
-A masked weight is stored as exact zero *and* masked in the forward pass: its gradient is exactly 0, so Adam's moments
-stay 0 and weight decay multiplies 0.
+Symbols: ``a`` = nonlinearity, ``c`` = scaling. Shapes: B batch, L tokens, D model width, R bottleneck. Submodule names
+are AdapterHub's (``adapter_down.0``, ``adapter_up``). Both matrices start from a normal distribution, biases from 0.
+Unlike SparseAdapter's released code there is no LayerNorm on the input. Where norms come first (Llama, Qwen) there is
+none at a layer's end: Pfeiffer's adapter then follows the layer, ``h + c f(h)``, and the parallel one gets what the
+feed-forward block gets, which is normalised.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from peft_lightning.errors import UsageError
+from peft_lightning.layers.masked import MaskedLinear
 
-__all__ = ["NONLINEARITIES", "Bottleneck", "MaskedLinear"]
+__all__ = ["NONLINEARITIES", "Bottleneck"]
 
-NONLINEARITIES: dict[str, type[nn.Module]] = {
+NONLINEARITIES: dict[str, Any] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
+    "gelu_new": lambda: nn.GELU(approximate="tanh"),
     "tanh": nn.Tanh,
     "silu": nn.SiLU,
+    "leaky_relu": nn.LeakyReLU,
     "identity": nn.Identity,
 }
 
 
-class MaskedLinear(nn.Linear):
-    """A linear layer whose weight may carry a binary mask; it computes in the dtype of its input.
-
-    Args:
-        in_features: width of the input.
-        out_features: width of the output.
-        masked: whether the layer has a mask (all True at first), a persistent bool buffer of the weight's shape.
-    """
-
-    def __init__(self, in_features: int, out_features: int, *, masked: bool = False) -> None:
-        super().__init__(in_features, out_features)
-        self.mask: Tensor | None
-        self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool) if masked else None)
-
-    def set_mask(self, mask: Tensor) -> None:
-        """Install a bool mask of the weight's shape and zero the weights it removes.
-
-        Raises:
-            UsageError: if the layer has no mask or the shape differs.
-        """
-        if self.mask is None or mask.shape != self.weight.shape:
-            raise UsageError(f"a mask of shape {tuple(mask.shape)} does not fit {self}")
-        self.mask.copy_(mask)
-        with torch.no_grad():
-            self.weight.mul_(self.mask)
-
-    def effective_weight(self) -> Tensor:
-        """The weight that the forward pass uses, in the parameter's dtype."""
-        return self.weight if self.mask is None else self.weight * self.mask
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``[..., in] -> [..., out]`` in the input's dtype."""
-        assert self.bias is not None
-        return F.linear(input, self.effective_weight().to(input.dtype), self.bias.to(input.dtype))
-
-
 class Bottleneck(nn.Module):
-    """A bottleneck adapter that adds itself to what it is hooked on.
+    """A bottleneck adapter; one of its hooks ties it to a place in a backbone.
 
     Args:
         width: D, width of the hidden states.
@@ -97,22 +68,47 @@ class Bottleneck(nn.Module):
             raise UsageError(f"adapter.nonlinearity = {nonlinearity!r}: must be one of {', '.join(NONLINEARITIES)}")
         self.scaling = scaling
         self.adapter_down = nn.Sequential(
-            MaskedLinear(width, bottleneck, masked=masked), NONLINEARITIES[nonlinearity]()
+            MaskedLinear(width, bottleneck, masked=masked, inner=True), NONLINEARITIES[nonlinearity]()
         )
         self.adapter_up = MaskedLinear(bottleneck, width, masked=masked)
-        for linear in self.prunable().values():
-            nn.init.normal_(linear.weight, std=init_std)
-            nn.init.zeros_(linear.bias)
-
-    def prunable(self) -> dict[str, MaskedLinear]:
-        """The layers whose weights a mask may remove, by their name inside the adapter."""
-        return {name: module for name, module in self.named_modules() if isinstance(module, MaskedLinear)}
+        for module in self.modules():
+            if isinstance(module, MaskedLinear):
+                nn.init.normal_(module.weight, std=init_std)
+                nn.init.zeros_(module.bias)
+        self._remembered: Tensor | None = None
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         """``[B, L, D] -> [B, L, D]``: the input plus the adapter's output, in the input's dtype."""
-        update_BLD = self.adapter_up(self.adapter_down(hidden_BLD))
-        return torch.add(hidden_BLD, update_BLD, alpha=self.scaling)
+        return self._plus(hidden_BLD, hidden_BLD)
 
-    def hook(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Forward hook of a submodule: replaces its output. A bound method, so ``copy.deepcopy`` rebinds it."""
+    def _plus(self, base_BLD: Tensor, input_BLD: Tensor) -> Tensor:
+        update_BLD = self.adapter_up(self.adapter_down(input_BLD))
+        return torch.add(base_BLD, update_BLD, alpha=self.scaling)
+
+    # -- hooks: bound methods, so that ``copy.deepcopy`` rebinds them to the copy --------------------------------
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook, sequential."""
         return self(output)
+
+    def around_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
+        """Forward hook of a LayerNorm: normalises once more, with the adapter's output in the sum."""
+        return module.forward(self._plus(args[0], output))
+
+    def beside(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook, parallel: what went in takes a second way."""
+        return self._plus(output, args[0])
+
+    def beside_residual(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Forward pre-hook, parallel, of BERT's ``output(hidden_states, input_tensor)``: the second is the residual."""
+        return (args[0], self(args[1]), *args[2:])
+
+    def remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of a feed-forward block's first map, where no module spans the block."""
+        self._remembered = args[0]
+
+    def beside_remembered(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook of the block's last map, parallel."""
+        assert self._remembered is not None
+        input_BLD, self._remembered = self._remembered, None
+        return self._plus(output, input_BLD)

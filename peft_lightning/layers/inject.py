@@ -1,42 +1,23 @@
-"""Attach adapters to a backbone by child modules and forward hooks; the backbone's own names do not change.
+"""Attach adapters to a backbone by child modules and hooks; the backbone's own names do not change.
 
-Houlsby's placement: one adapter after the attention block's output projection and one after the feed-forward block's,
-before the residual sum and its LayerNorm. An adapter sits at ``<block>.adapters.<name>``, which makes the tensor names
-AdapterHub's.
+An adapter sits at ``<site>.adapters.<name>`` (LoRA: ``<site>.loras.<name>``, prefixes: ``<site>.prefixes.<name>``),
+which makes the tensor names AdapterHub's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import cast
 
 from torch import nn
 
 from peft_lightning.errors import UsageError
-from peft_lightning.layers.bottleneck import Bottleneck
 
-__all__ = ["Injection", "inject", "select_sites"]
-
-
-@dataclass(frozen=True)
-class Injection:
-    """What an injection changed.
-
-    Attributes:
-        adapters: full name of each new submodule of the backbone -> the adapter.
-    """
-
-    adapters: dict[str, Bottleneck]
-
-    def describe(self) -> str:
-        """One line for people."""
-        parameters = sum(p.numel() for adapter in self.adapters.values() for p in adapter.parameters())
-        return f"{len(self.adapters)} adapters with {parameters:,} parameters"
+__all__ = ["add_child", "select_sites"]
 
 
-def select_sites(candidates: list[str], target: str) -> list[str]:
+def select_sites(candidates: Sequence[str], target: str) -> list[str]:
     """The candidate sites that a regular expression finds, in order.
 
     Raises:
@@ -52,34 +33,29 @@ def select_sites(candidates: list[str], target: str) -> list[str]:
     return chosen
 
 
-def inject(backbone: nn.Module, sites: list[str], tail: str, name: str, build: Callable[[], Bottleneck]) -> Injection:
-    """Build one adapter per site and hook it on the site's tail.
+def add_child(backbone: nn.Module, site: str, group: str, name: str, adapter: nn.Module) -> str:
+    """Make an adapter a child of a site.
 
     Args:
         backbone: the model to change in place.
-        sites: paths of blocks inside it; each gets an ``adapters`` child.
-        tail: child of a block whose output the adapter replaces.
-        name: the adapter's name, an identifier; must be new at each site.
-        build: makes one adapter.
+        site: path of the submodule that gets the child.
+        group: name of the ``ModuleDict`` there.
+        name: the adapter's name in it, an identifier; must be new.
+        adapter: the new module.
 
     Returns:
-        The new modules by name.
+        The adapter's path inside the backbone.
 
     Raises:
         UsageError: if the name is not an identifier or is taken.
     """
     if not name.isidentifier():
         raise UsageError(f"adapter.name = {name!r}: must be an identifier (letters, digits, underscores)")
-    adapters: dict[str, Bottleneck] = {}
-    for site in sites:
-        block = backbone.get_submodule(site)
-        if not hasattr(block, "adapters"):
-            block.adapters = nn.ModuleDict()
-        named = cast(nn.ModuleDict, block.adapters)
-        if name in named:
-            raise UsageError(f"adapter.name = {name!r}: {site} already has an adapter of this name")
-        adapter = build()
-        named[name] = adapter
-        block.get_submodule(tail).register_forward_hook(adapter.hook)
-        adapters[f"{site}.adapters.{name}"] = adapter
-    return Injection(adapters)
+    owner = backbone.get_submodule(site)
+    if not hasattr(owner, group):
+        setattr(owner, group, nn.ModuleDict())
+    named = cast(nn.ModuleDict, getattr(owner, group))
+    if name in named:
+        raise UsageError(f"adapter.name = {name!r}: {site} already has an adapter of this name")
+    named[name] = adapter
+    return f"{site}.{group}.{name}"

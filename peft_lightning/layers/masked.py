@@ -25,6 +25,11 @@ class Masked(nn.Module):
         """The module's own parameters whose entries a mask may remove."""
         return ()
 
+    @property
+    def inner_unmasked(self) -> int:
+        """How many of the module's other parameters grow with the adapter's inner width, at the present one."""
+        return 0
+
     def add_masks(self, masked: bool) -> None:
         """Register the mask of every prunable parameter, all True, or None where ``masked`` is False."""
         for name in self.prunable_names():
@@ -92,11 +97,18 @@ class MaskedLinear(nn.Linear, Masked):
         in_features: width of the input.
         out_features: width of the output.
         masked: whether the weight has a mask.
+        inner: whether the output is the inner side of an adapter.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, masked: bool = False) -> None:
+    def __init__(self, in_features: int, out_features: int, *, masked: bool = False, inner: bool = False) -> None:
         super().__init__(in_features, out_features)
+        self.inner = inner
         self.add_masks(masked)
+
+    @property
+    def inner_unmasked(self) -> int:
+        """The bias, where it lies on the inner side."""
+        return self.out_features if self.inner else 0
 
     def prunable_names(self) -> tuple[str, ...]:
         """The weight; never the bias."""

@@ -1,20 +1,24 @@
 """SparseAdapter (He et al., 2022, arXiv:2210.04284): adapters pruned at initialisation.
 
 Algorithm 1 with symbol = variable: initialise w; scores z = score(w) (functional/saliency); the share s = ``sparsity``
-with the lowest scores is removed, m = mask (functional/sparsify); train w~ = m * w (layers/bottleneck).
-
-Placement so far: Houlsby's, two adapters per transformer layer. Deviations, each for a reason:
+with the lowest scores is removed, m = mask (functional/sparsify); train w~ = m * w (layers/masked). Adapters and where
+they go: layers/adapters. Large-Sparse (section 3.1): ``multiplier`` times the bottleneck with as many trained
+parameters as the dense adapter. Deviations, each for a reason:
 
 * exact counts with seeded ties instead of a percentile that keeps or drops ties together;
-* scores in fp32, SNIP from the gradient of the mean loss over ``score_batches`` batches in eval mode (the released
-  code's fp16 products can underflow), and those gradients do not leak into the first step;
+* scores in fp32, from the gradient of the mean loss over ``score_batches`` batches in eval mode (the released code's
+  fp16 products can underflow), and those gradients do not leak into the first step;
+* scores that rank nothing are an error: with LoRA's B = 0 the released code prunes nothing, or all of B, in silence.
+  ``score_init`` says what is scored instead; the weights that are trained start as ever;
 * the classifier trains and is never pruned (the released scripts freeze it at its random start);
-* ``sparsity`` means the share removed, as in the paper (the released option of that name is the share kept).
+* ``sparsity`` means the share removed, as in the paper (the released option of that name is the share kept);
+* Large-Sparse counts the biases too, so the budget is the dense adapter's to the parameter, not 1 / multiplier.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -23,47 +27,20 @@ import torch
 from torch import Tensor, nn
 
 from peft_lightning.backbones.build import BackboneConfig
-from peft_lightning.backbones.families import family_of
 from peft_lightning.errors import UsageError
-from peft_lightning.functional.saliency import magnitude, snip
-from peft_lightning.functional.sparsify import kept_count, top_masks
-from peft_lightning.layers.bottleneck import Bottleneck, MaskedLinear
-from peft_lightning.layers.inject import inject, select_sites
+from peft_lightning.functional.gradients import hessian_gradient, mean_gradients
+from peft_lightning.functional.saliency import grasp, magnitude, random_scores, snip
+from peft_lightning.functional.sparsify import erdos_renyi_counts, kept_count, top_masks
+from peft_lightning.layers.adapters import AdapterConfig, attach_adapters
+from peft_lightning.layers.masked import MaskedParameter, prunable
 from peft_lightning.settings import OptimConfig, as_config
 from peft_lightning.task_module import TaskModule
 from peft_lightning.tasks.table import Task
 
-__all__ = ["AdapterConfig", "PruneConfig", "SparseAdapterModule"]
+__all__ = ["PruneConfig", "SparseAdapterModule"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """Shape and place of the adapters.
-
-    Attributes:
-        bottleneck: r, the inner width.
-        nonlinearity: relu, gelu, tanh, silu or identity.
-        scaling: factor of the adapter's output.
-        init_std: standard deviation of both matrices at initialisation.
-        target: regular expression over the blocks' paths; adapters go where it is found.
-        name: the adapter's name inside the backbone.
-
-    Raises:
-        UsageError: if a value is not allowed.
-    """
-
-    bottleneck: int = 64
-    nonlinearity: str = "relu"
-    scaling: float = 1.0
-    init_std: float = 0.02
-    target: str = ".*"
-    name: str = "sparse"
-
-    def __post_init__(self) -> None:
-        if self.bottleneck < 1:
-            raise UsageError(f"adapter.bottleneck = {self.bottleneck}: must be at least 1")
-        if not self.init_std >= 0:
-            raise UsageError(f"adapter.init_std = {self.init_std}: must be at least 0")
+_SCORES = ("random", "magnitude", "er", "snip", "grasp")
+_SPARSITY = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,37 +48,77 @@ class PruneConfig:
     """What is removed before training.
 
     Attributes:
-        sparsity: s, the share of the adapters' weights that is removed; 0 gives the dense adapter.
-        score: snip or magnitude.
-        scope: global ranks all adapters' weights together, tensor ranks inside each matrix.
+        sparsity: s, the share of the adapters' weights that is removed; 0 gives the dense adapter. None: the paper's
+            default, or with a multiplier what it implies.
+        score: random, magnitude, er (Erdos-Renyi: random inside each matrix, larger matrices sparser), snip or grasp.
+        scope: global ranks all adapters' weights together, tensor ranks inside each matrix; er decides this itself.
         score_batches: batches of training data that a score with gradients looks at.
+        score_init: the weights that are scored: as_is, surrogate (matrices that start from zero get random values
+            while they are scored) or warmup (those after some steps on the scoring batches). Training starts from the
+            initial values in any case.
+        warmup_steps: number of these steps, with the optimiser's learning rate.
+        multiplier: Large-Sparse: the bottleneck's factor; above 1 the sparsity follows from it.
 
     Raises:
         UsageError: if a value is not allowed.
     """
 
-    sparsity: float = 0.4
+    sparsity: float | None = None
     score: str = "snip"
     scope: str = "global"
     score_batches: int = 10
+    score_init: str = "surrogate"
+    warmup_steps: int = 10
+    multiplier: int = 1
 
     def __post_init__(self) -> None:
-        kept_count(1, self.sparsity)
-        if self.score not in ("snip", "magnitude"):
-            raise UsageError(f"prune.score = {self.score!r}: must be snip or magnitude")
-        if self.scope not in ("global", "tensor"):
-            raise UsageError(f"prune.scope = {self.scope!r}: must be global or tensor")
-        if self.score_batches < 1:
-            raise UsageError(f"prune.score_batches = {self.score_batches}: must be at least 1")
+        for name, allowed in (
+            ("score", _SCORES),
+            ("scope", ("global", "tensor")),
+            ("score_init", ("as_is", "surrogate", "warmup")),
+            ("multiplier", (1, 2, 3, 4)),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                raise UsageError(f"prune.{name} = {value!r}: must be {', '.join(map(str, allowed))}")
+        for name in ("score_batches", "warmup_steps"):
+            if (value := getattr(self, name)) < 1:
+                raise UsageError(f"prune.{name} = {value}: must be at least 1")
+        if self.sparsity is not None:
+            kept_count(1, self.sparsity)
+            if self.multiplier > 1:
+                raise UsageError(
+                    f"prune.sparsity = {self.sparsity}: follows from prune.multiplier = {self.multiplier}; leave it out"
+                )
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is removed."""
+        return self.sparsity != 0
+
+    def budgets(self, parameters: Mapping[str, MaskedParameter]) -> dict[str, int]:
+        """Weights to keep of each tensor, if each is ranked alone; their sum is the number kept in all.
+
+        With a multiplier k a tensor of n weights keeps n / k less the biases that its k times wider side has more.
+        """
+        total = {name: parameter.weight.numel() for name, parameter in parameters.items()}
+        if self.multiplier == 1:
+            return {name: kept_count(n, self.share) for name, n in total.items()}
+        more = {name: p.module.inner_unmasked * (self.multiplier - 1) for name, p in parameters.items()}
+        return {name: (n - more[name]) // self.multiplier for name, n in total.items()}
+
+    @property
+    def share(self) -> float:
+        """The sparsity in force without a multiplier."""
+        return _SPARSITY if self.sparsity is None else self.sparsity
 
 
 class SparseAdapterModule(TaskModule):
-    """Trains Houlsby adapters, pruned before the first step, and the task's head; the backbone is frozen.
+    """Trains adapters, pruned before the first step, and the task's head; the backbone is frozen.
 
     Args:
         task: name of a row of the task table, or a row.
         backbone: which encoder; a string is a folder or hub name.
-        adapter: shape and place of the adapters.
+        adapter: kind, shape and place of the adapters.
         prune: what is removed before training.
         optim: the optimiser's settings.
         head: ``dense`` (dense-tanh-linear on the first token) or ``linear``.
@@ -143,43 +160,30 @@ class SparseAdapterModule(TaskModule):
         self._pruned = False
 
     def attach(self) -> None:
-        """Hook one adapter after the attention block and one after the feed-forward block of every layer."""
-        config: Any = self.backbone.config
-        family = family_of(config.model_type)
-        layers = [family.layer.format(i=i) for i in range(config.num_hidden_layers)]
-        blocks = [f"{layer}.{end}" for layer in layers for end in (family.attention_output, family.ffn_output)]
-
-        def build() -> Bottleneck:
-            return Bottleneck(
-                config.hidden_size,
-                self.adapter.bottleneck,
-                nonlinearity=self.adapter.nonlinearity,
-                scaling=self.adapter.scaling,
-                init_std=self.adapter.init_std,
-                masked=self.prune.sparsity > 0,
-            )
-
-        sites = select_sites(blocks, self.adapter.target)
-        self.adapters = inject(self.backbone, sites, family.tail, self.adapter.name, build).adapters
+        """Hook the adapters on the backbone."""
+        self.adapters = attach_adapters(
+            self.backbone, self.adapter, masked=self.prune.active, multiplier=self.prune.multiplier
+        )
 
     def declared(self) -> Iterator[nn.Module]:
         """Adapters and head."""
         yield from self.adapters.values()
         yield self.head
 
-    def prunable(self) -> dict[str, MaskedLinear]:
-        """The adapters' linear layers by name; masks remove weights of these, never biases."""
+    def prunable(self) -> dict[str, MaskedParameter]:
+        """What masks may remove weights of (never biases), by the tensor's name inside the backbone."""
         return {
-            f"{site}.{name}": linear
-            for site, adapter in self.adapters.items()
-            for name, linear in adapter.prunable().items()
+            f"{path}.{name}": parameter
+            for path, adapter in self.adapters.items()
+            for name, parameter in prunable(adapter).items()
         }
 
     def summary(self) -> dict[str, Any]:
-        """Adds how many of the adapters' weights were kept."""
-        layers = self.prunable().values()
-        total = sum(layer.weight.numel() for layer in layers)
-        kept = sum(layer.weight.numel() if layer.mask is None else int(layer.mask.sum()) for layer in layers)
+        """Adds which adapters there are, and how many of their weights were kept."""
+        parameters = self.prunable()
+        total = sum(p.weight.numel() for p in parameters.values())
+        shares = {name: float(p.mask.float().mean()) for name, p in parameters.items() if p.mask is not None}
+        kept = sum(p.weight.numel() if p.mask is None else int(p.mask.sum()) for p in parameters.values())
         base = super().summary()
         trained = base["trained_parameters"] - (total - kept)
         return {
@@ -189,24 +193,22 @@ class SparseAdapterModule(TaskModule):
             "prunable_weights": total,
             "kept_weights": kept,
             "kept_share": kept / total,
-            "score": self.prune.score if self.prune.sparsity else None,
-            "kept_share_by_matrix": {
-                name: float(layer.mask.float().mean())
-                for name, layer in self.prunable().items()
-                if layer.mask is not None
-            },
+            "score": self.prune.score if self.prune.active else None,
+            "kept_share_by_matrix": shares,
+            "adapters": {"kind": self.adapter.kind, "sites": list(self.adapters)},
         }
 
-    fixed_by_file = (*TaskModule.fixed_by_file, "prune", "adapter.init_std")
+    fixed_by_file = (*TaskModule.fixed_by_file, "prune", "adapter")
 
     # -- pruning at initialisation ---------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
         """Score and prune, unless a checkpoint brought the masks."""
         super().on_train_start()
-        if self.prune.sparsity == 0 or self._pruned:
+        if not self.prune.active or self._pruned:
             return
-        self.install_masks(self._scoring_batches() if self.prune.score == "snip" else ())
+        needs_data = self.prune.score in ("snip", "grasp") or self.prune.score_init == "warmup"
+        self.install_masks(self._scoring_batches() if needs_data else ())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint holds masks that were made before its first step."""
@@ -217,21 +219,48 @@ class SparseAdapterModule(TaskModule):
         """Score all prunable weights, mask the lowest, and make all ranks agree with rank 0.
 
         Args:
-            batches: training batches on the module's device; used by ``snip`` only.
+            batches: training batches on the module's device; random, magnitude and er need none.
+
+        Raises:
+            UsageError: if the score needs a batch and there is none.
+            DegenerateScoreError: if the scores rank nothing, or would leave a tensor empty.
         """
-        weights = {name: layer.weight for name, layer in self.prunable().items()}
-        if self.prune.score == "magnitude":
-            scores = {name: magnitude(weight) for name, weight in weights.items()}
-        else:
-            gradients = self._mean_gradients(weights, batches)
-            scores = {name: snip(weights[name], gradients[name]) for name in weights}
-        masks = top_masks(scores, self.prune.sparsity, scope=self.prune.scope, seed=self.seed)
-        for name, layer in self.prunable().items():
+        parameters = self.prunable()
+        with self._scoring_state():
+            scores = self._scores(parameters, list(batches))
+        masks = top_masks(scores, self._kept(parameters), seed=self.seed)
+        for name, parameter in parameters.items():
             mask = masks[name]
             if self._trainer is not None:
                 mask = self.trainer.strategy.broadcast(mask.cpu(), src=0)
-            layer.set_mask(mask.to(layer.weight.device))
+            parameter.set_mask(mask.to(parameter.weight.device))
         self._pruned = True
+
+    def _kept(self, parameters: Mapping[str, MaskedParameter]) -> int | dict[str, int]:
+        """How many weights stay: of each tensor, or in all where they are ranked together."""
+        each = self.prune.budgets(parameters)
+        if self.prune.score != "er" and self.prune.scope == "tensor":
+            return each
+        shapes = {name: tuple(p.weight.shape) for name, p in parameters.items()}
+        total = sum(p.weight.numel() for p in parameters.values())
+        in_all = sum(each.values()) if self.prune.multiplier > 1 else kept_count(total, self.prune.share)
+        return erdos_renyi_counts(shapes, in_all) if self.prune.score == "er" else in_all
+
+    def _scores(self, parameters: Mapping[str, MaskedParameter], batches: Sequence[Any]) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = {name: parameter.weight for name, parameter in parameters.items()}
+        if self.prune.score in ("random", "er"):
+            return random_scores(weights, self.seed)
+        if self.prune.score_init == "surrogate":
+            self._fill_zeros(weights)
+        elif self.prune.score_init == "warmup":
+            self._warm_up(batches)
+        if self.prune.score == "magnitude":
+            return {name: magnitude(weight) for name, weight in weights.items()}
+        if self.prune.score == "snip":
+            gradients = mean_gradients(self.batch_loss, weights, batches, self._sum_over_ranks)
+            return {name: snip(weights[name], gradients[name]) for name in weights}
+        products = hessian_gradient(self.batch_loss, weights, batches, self._sum_over_ranks)
+        return {name: grasp(weights[name], products[name]) for name in weights}
 
     def _scoring_batches(self) -> Iterator[Mapping[str, Any]]:
         """The first batches of a fresh pass over the training data, on the module's device."""
@@ -239,24 +268,55 @@ class SparseAdapterModule(TaskModule):
         for batch in islice(loader, self.prune.score_batches):
             yield self.trainer.strategy.batch_to_device(batch, self.device)
 
-    def _mean_gradients(self, weights: Mapping[str, Tensor], batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """fp32 gradients of the mean loss over all batches of all ranks, in eval mode; no ``.grad`` is touched."""
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        if self._trainer is None:
+            return value
+        summed: Tensor = self.trainer.strategy.reduce(value, reduce_op="sum")
+        return summed
+
+    @torch.no_grad()
+    def _fill_zeros(self, weights: Mapping[str, Tensor]) -> None:
+        """Surrogate: matrices that are all zero (LoRA's B) get what the others start from."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for weight in weights.values():
+            if not weight.any():
+                drawn = torch.randn(weight.shape, generator=generator) * (self.adapter.init_std or 0.02)
+                weight.copy_(drawn)
+
+    def _warm_up(self, batches: Sequence[Any]) -> None:
+        """Some steps of Adam at a constant rate, without dropout, on all that trains."""
+        if not batches:
+            raise UsageError("prune.score_init = 'warmup': there is no training batch to take steps on")
+        parameters = self.trainable_parameters()
+        optimizer = torch.optim.Adam(parameters.values(), lr=self.optim.lr, betas=self.optim.betas, eps=self.optim.eps)
+        for step in range(self.prune.warmup_steps):
+            batch = [batches[step % len(batches)]]
+            gradients = mean_gradients(self.batch_loss, parameters, batch, self._sum_over_ranks)
+            for name, parameter in parameters.items():
+                parameter.grad = gradients[name]
+            optimizer.step()
+        optimizer.zero_grad()
+
+    @contextmanager
+    def _scoring_state(self) -> Iterator[None]:
+        """Eval mode, fp32 throughout and no compiled graphs (they have no second derivative); then all as before."""
         modes = {module: module.training for module in self.modules()}
+        values = {parameter: parameter.detach().clone() for parameter in self.trainable_parameters().values()}
+        tensors = [*self.backbone.parameters(), *self.backbone.buffers()]
+        halves = {tensor: tensor.dtype for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)}
+        compiled, self.backbone._compiled_call_impl = self.backbone._compiled_call_impl, None
         self.eval()
-        sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-        total_weight = torch.zeros((), device=self.device)
-        for batch in batches:
-            with torch.enable_grad():
-                loss, weight = self.batch_loss(batch)
-                gradients = torch.autograd.grad(loss, list(weights.values()))
-            for name, gradient in zip(weights, gradients, strict=True):
-                sums[name] += gradient.float()
-            total_weight += weight.detach()
-        for module, mode in modes.items():
-            module.training = mode
-        if self._trainer is not None:
-            sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
-            total_weight = self.trainer.strategy.reduce(total_weight, reduce_op="sum")
-        if not total_weight > 0:
-            raise UsageError("prune.score = 'snip': there is no training batch to score on; or use magnitude")
-        return {name: value / total_weight for name, value in sums.items()}
+        try:
+            for tensor in halves:
+                tensor.data = tensor.data.float()  # and back without loss
+            with torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            for tensor, dtype in halves.items():
+                tensor.data = tensor.data.to(dtype)
+            with torch.no_grad():
+                for parameter, value in values.items():
+                    parameter.copy_(value)
+            for module, mode in modes.items():
+                module.training = mode
+            self.backbone._compiled_call_impl = compiled
