@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -190,10 +192,13 @@ def _quiet() -> Iterator[None]:
 
 def _check_options(options: Mapping[str, Any]) -> None:
     """A configuration takes any keyword; one that means nothing to it is a typing error."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModel
 
     plain = AutoConfig.for_model(options["model_type"])
     known = {*plain.to_dict(), *getattr(plain, "attribute_map", {})}
+    # Some options have no default in the configuration: the model asks whether they are there.
+    source = inspect.getsource(sys.modules[AutoModel._model_mapping[type(plain)].__module__])
+    known |= set(re.findall(r'getattr\(config, "(\w+)"', source))
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known)

@@ -107,8 +107,8 @@ def test_an_unknown_tokenizer() -> None:
 
 
 def test_families() -> None:
-    assert family_of("bert").tail == "dropout"
-    with pytest.raises(UsageError, match="'gpt2': adapters know where to attach in bert only"):
+    assert family_of("bert").pooling == "first" and family_of("llama").pooling == "last"
+    with pytest.raises(UsageError, match="'gpt2': adapters know where to attach in bert, roberta"):
         family_of("gpt2")
 
 

@@ -40,8 +40,9 @@ def test_snip_masks_follow_the_finite_differences_of_the_real_loss() -> None:
     m = module(dropout=0.1, adapter={"bottleneck": 4, "init_std": 0.3}, prune={"sparsity": 0.5})
     m.double()
     scoring = batches(3)
-    weights = {name: layer.weight for name, layer in m.prunable().items()}
-    gradients = m._mean_gradients(weights, scoring)
+    weights: dict[str, Tensor] = {name: parameter.weight for name, parameter in m.prunable().items()}
+    with m._scoring_state():
+        scores = m._scores(m.prunable(), scoring)
     m.eval()
 
     def mean_loss() -> float:
@@ -59,10 +60,10 @@ def test_snip_masks_follow_the_finite_differences_of_the_real_loss() -> None:
                 values.append(mean_loss())
             weight.data.view(-1)[i] = old
             slope = (values[0] - values[1]) / 2e-4
-            assert_close(float(old * gradients[name].view(-1)[i]), slope, rtol=1e-3, atol=1e-6)
+            assert_close(float(scores[name].view(-1)[i]), abs(slope), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("score", ["snip", "magnitude"])
+@pytest.mark.parametrize("score", ["random", "magnitude", "snip", "grasp"])
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_counts_are_exact(score: str, scope: str) -> None:
     m = module(prune={"sparsity": 0.37, "score": score, "scope": scope})
@@ -139,25 +140,175 @@ def test_dense_has_no_masks_and_no_scoring() -> None:
     assert m.summary()["kept_share"] == 1.0
 
 
-def test_zero_initialised_adapters_are_refused_with_the_remedy() -> None:
-    for score in ("snip", "magnitude"):
-        m = module(adapter={"init_std": 0.0}, prune={"score": score})
-        with pytest.raises(DegenerateScoreError, match="initialise these tensors away from zero"):
+KINDS = ("houlsby", "pfeiffer", "parallel", "lora", "mam")
+SCORES = ("random", "magnitude", "er", "snip", "grasp")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_prunes_every_kind_exactly(kind: str, score: str) -> None:
+    m = module(adapter={"kind": kind, "bottleneck": 6}, prune={"sparsity": 0.37, "score": score})
+    before = {name: p.weight.detach().clone() for name, p in m.prunable().items()}
+    m.install_masks(batches(2))
+    total = sum(weight.numel() for weight in before.values())
+    assert sum(int(mask.sum()) for mask in masks(m).values()) == kept_count(total, 0.37)
+    for name, parameter in m.prunable().items():
+        assert torch.equal(parameter.weight, before[name] * masks(m)[name]), "the kept weights are the initial ones"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("multiplier", [2, 3, 4])
+@pytest.mark.parametrize("options", [{}, {"scope": "tensor"}, {"score": "er"}], ids=str)
+def test_large_sparse_trains_as_many_parameters_as_the_dense_adapter(
+    kind: str, multiplier: int, options: dict[str, Any]
+) -> None:
+    adapter = {"kind": kind, "bottleneck": 6}
+    dense = module(adapter=adapter, prune={"sparsity": 0.0}).summary()
+    m = module(adapter=adapter, prune={"multiplier": multiplier, "score": "random", **options})
+    m.install_masks(())
+    wide = m.summary()
+    assert wide["prunable_weights"] == multiplier * dense["prunable_weights"]
+    assert wide["adapter_parameters"] == dense["adapter_parameters"]
+    assert wide["trained_parameters"] == dense["trained_parameters"]
+
+
+def test_erdos_renyi_makes_larger_matrices_sparser() -> None:
+    adapter = {"kind": "lora", "bottleneck": 8, "target": "intermediate|query"}
+    m = module(adapter=adapter, prune={"sparsity": 0.5, "score": "er"})
+    m.install_masks(())
+    density = {(mask.shape): float(mask.float().mean()) for mask in masks(m).values()}
+    small, large = density[torch.Size([8, 32])], density[torch.Size([64, 8])]
+    assert small / large == pytest.approx((40 / 256) / (72 / 512), abs=0.02)
+
+
+def test_grasp_keeps_what_its_definition_keeps() -> None:
+    """w * (H g) with H by finite differences of the gradient along g, in fp64, through the whole model."""
+    m = module(dropout=0.0, adapter={"bottleneck": 4, "init_std": 0.3}, prune={"sparsity": 0.5, "score": "grasp"})
+    m.double().eval()
+    scoring = batches(2)
+    weights = {name: p.weight for name, p in m.prunable().items()}
+
+    def gradient() -> list[Tensor]:
+        sums = [m.batch_loss(batch) for batch in scoring]
+        loss = torch.stack([s for s, _ in sums]).sum() / torch.stack([w for _, w in sums]).sum()
+        return list(torch.autograd.grad(loss, list(weights.values())))
+
+    start, ends, step = gradient(), [], 1e-4
+    for sign in (1, -2):
+        for weight, g in zip(weights.values(), start, strict=True):
+            weight.data.add_(g, alpha=sign * step)
+        ends.append(gradient())
+    for weight, g in zip(weights.values(), start, strict=True):
+        weight.data.add_(g, alpha=step)
+    with m._scoring_state():
+        scores = m._scores(m.prunable(), scoring)
+    for name, high, low in zip(weights, *ends, strict=True):
+        expected = weights[name].detach() * (high - low) / (2 * step)
+        assert_close(scores[name].double(), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_scores_are_those_of_fp32_in_a_bf16_backbone_and_leave_it_as_it_was() -> None:
+    half = module(backbone=tiny(dtype="bfloat16"), prune={"sparsity": 0.5})
+    full = module(backbone=tiny(dtype="bfloat16"), prune={"sparsity": 0.5})
+    full.backbone.float()
+    before = {name: tensor.clone() for name, tensor in half.backbone.named_parameters() if "adapters" not in name}
+    half.install_masks(batches(2))
+    full.install_masks(batches(2))
+    for name, mask in masks(full).items():
+        assert torch.equal(masks(half)[name], mask)
+    for name, tensor in half.backbone.named_parameters():
+        if "adapters" not in name:
+            assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("score", ["snip", "magnitude", "grasp"])
+def test_scores_that_rank_nothing_are_refused_with_the_remedy(score: str) -> None:
+    for adapter in ({"init_std": 0.0}, {"kind": "lora"}):
+        m = module(adapter=adapter, prune={"score": score, "score_init": "as_is"})
+        with pytest.raises(DegenerateScoreError, match=r"encoder\.layer\.0.*prune\.score_init = surrogate"):
             m.install_masks(batches(1))
 
 
+@pytest.mark.parametrize("score_init", ["surrogate", "warmup"])
+@pytest.mark.parametrize("score", ["snip", "magnitude", "grasp"])
+def test_lora_is_scored_away_from_zero_and_starts_from_zero(score: str, score_init: str) -> None:
+    m = module(adapter={"kind": "lora", "bottleneck": 4}, prune={"score": score, "score_init": score_init})
+    head = {name: tensor.clone() for name, tensor in m.head.state_dict().items()}
+    m.install_masks(batches(2))
+    kept = {end: sum(int(v.sum()) for n, v in masks(m).items() if n.endswith(end)) for end in ("lora_A", "lora_B")}
+    assert min(kept.values()) > 0
+    assert all(not p.weight.any() for name, p in m.prunable().items() if name.endswith("lora_B"))
+    assert all(torch.equal(tensor, head[name]) for name, tensor in m.head.state_dict().items())
+    assert all(p.grad is None for p in m.parameters())
+
+
+def test_warming_up_is_adam_on_the_scoring_batches() -> None:
+    m = module(dropout=0.3, prune={"score_init": "warmup", "warmup_steps": 3}, optim={"lr": 1e-2})
+    twin = module(dropout=0.3, optim={"lr": 1e-2})
+    scoring = batches(2)
+    with m._scoring_state():
+        m._scores(m.prunable(), scoring)
+        warmed = {name: p.detach().clone() for name, p in m.trainable_parameters().items()}
+    optimizer = torch.optim.Adam(twin.trainable_parameters().values(), lr=1e-2)
+    twin.eval()
+    for step in range(3):
+        loss, weight = twin.batch_loss(scoring[step % 2])
+        (loss / weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in twin.trainable_parameters().items():
+        assert_close(warmed[name], parameter)
+
+
+def test_zeroed_entries_stay_zero_in_training_with_decay_and_bf16() -> None:
+    for kind in KINDS:
+        m = module(
+            adapter={"kind": kind, "bottleneck": 4},
+            backbone=tiny(dtype="bfloat16"),
+            optim={"lr": 1e-2, "weight_decay": 0.5},
+        )
+        trainer(max_steps=5, precision="bf16-mixed").fit(m, datamodule=data(batch_size=8))
+        for name, mask in masks(m).items():
+            weight = m.prunable()[name].weight
+            assert not weight[~mask].any(), name
+            assert weight[mask].any(), name
+
+
+def test_scoring_a_compiled_backbone_uses_the_plain_one() -> None:
+    plain, compiled = (module(backbone=tiny(compile=value), prune={"score": "grasp"}) for value in (False, True))
+    for m in (plain, compiled):
+        m.install_masks(batches(1))
+    assert compiled.backbone._compiled_call_impl is not None
+    for name, mask in masks(plain).items():
+        assert torch.equal(masks(compiled)[name], mask)
+
+
+def test_the_report_says_what_was_changed() -> None:
+    summary = module(adapter={"kind": "pfeiffer", "name": "mine"}).summary()
+    assert summary["adapters"] == {
+        "kind": "pfeiffer",
+        "sites": ["encoder.layer.0.output.adapters.mine", "encoder.layer.1.output.adapters.mine"],
+    }
+
+
 def test_nothing_to_score_on() -> None:
-    with pytest.raises(UsageError, match="no training batch to score on"):
+    with pytest.raises(UsageError, match="there must be training data; or choose a score that needs none"):
         module().install_masks([])
+    with pytest.raises(UsageError, match="prune.score_init = 'warmup': there is no training batch"):
+        module(prune={"score_init": "warmup"}).install_masks([])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"prune": {"sparsity": 1.0}}, r"sparsity = 1\.0: must be the share removed"),
-        ({"prune": {"score": "best"}}, "score = 'best': must be snip or magnitude"),
-        ({"prune": {"scope": "layer"}}, "scope = 'layer': must be global or tensor"),
-        ({"prune": {"score_batches": 0}}, "score_batches = 0: must be at least 1"),
+        ({"prune": {"score": "best"}}, "prune.score = 'best': must be random, magnitude, er, snip, grasp"),
+        ({"prune": {"scope": "layer"}}, "prune.scope = 'layer': must be global, tensor"),
+        ({"prune": {"score_init": "cold"}}, "prune.score_init = 'cold': must be as_is, surrogate, warmup"),
+        ({"prune": {"score_batches": 0}}, "prune.score_batches = 0: must be at least 1"),
+        ({"prune": {"warmup_steps": 0}}, "prune.warmup_steps = 0: must be at least 1"),
+        ({"prune": {"multiplier": 5}}, "prune.multiplier = 5: must be 1, 2, 3, 4"),
+        ({"prune": {"multiplier": 2, "sparsity": 0.5}}, r"sparsity = 0\.5: follows from prune.multiplier = 2"),
         ({"adapter": {"bottleneck": 0}}, "bottleneck = 0: must be at least 1"),
         ({"adapter": {"target": "decoder"}}, "matches no site; there are: encoder.layer.0.attention.output"),
         ({"adapter": {"ghost": 1}}, "AdapterConfig: .*ghost"),
