@@ -6,13 +6,15 @@ Usage: python -m tests.two_ranks_worker FOLDER RANKS
 from __future__ import annotations
 
 import sys
-from itertools import product
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from peft_lightning.data.toy import toy_rows
+from peft_lightning.methods import SparseAdapterModule
+from tests.families import backbone_setting
 from tests.toy import METHODS, build, data, trainer
 
 # name -> options of module and trainer; the second makes every micro-batch weigh differently
@@ -20,16 +22,32 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "weighed": ({"class_weights": [1.0, 4.0]}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
 }
+# What one method adds: other adapters, scores with more passes over the data, other architectures.
+SPARSE: dict[str, dict[str, Any]] = {
+    "lora-grasp": {"adapter": {"kind": "lora", "bottleneck": 4, "init_std": 0.2}, "prune": {"score": "grasp"}},
+    "mam-warmup": {"adapter": {"kind": "mam", "bottleneck": 4}, "prune": {"score_init": "warmup", "warmup_steps": 3}},
+    "pfeiffer-wide": {"adapter": {"kind": "pfeiffer", "bottleneck": 4}, "prune": {"multiplier": 3}},
+    "bart-parallel": {"adapter": {"kind": "parallel", "bottleneck": 4}, "backbone": backbone_setting("bart")},
+    "llama-er": {"backbone": backbone_setting("llama"), "prune": {"score": "er"}},
+}
+
+
+def runs() -> Iterator[tuple[str, type[Any], dict[str, Any], dict[str, Any]]]:
+    """Name of a run, its method, and the options of module and trainer."""
+    for method in METHODS:
+        for variant, (options, settings) in VARIANTS.items():
+            yield f"{method.__name__}-{variant}", method, options, settings
+    for variant, options in SPARSE.items():
+        yield f"SparseAdapterModule-{variant}", SparseAdapterModule, options, {}
 
 
 def main(folder: Path, ranks: int) -> None:
-    """One fit and one test per method and variant, the same global batches whatever the number of ranks."""
+    """One fit and one test per run, the same global batches whatever the number of ranks."""
     rows = {s: toy_rows("toy_sentiment", s, size=n) for s, n in (("train", 75), ("validation", 21), ("test", 17))}
-    for method, (variant, (options, settings)) in product(METHODS, VARIANTS.items()):
+    for name, method, options, settings in runs():
         module = build(method, dropout=0.0, optim={"lr": 1e-3, "eps": 1e-4}, **options)
         source = data(batch_size=16 // ranks, rows=rows)
         many: dict[str, Any] = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
-        name = f"{method.__name__}-{variant}"
         fit = trainer(folder / name, max_epochs=2, **settings, **many)
         fit.fit(module, datamodule=source)
         tested = fit.test(module, datamodule=source, verbose=False)

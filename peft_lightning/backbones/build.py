@@ -93,8 +93,10 @@ def load_tokenizer(name: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision or None)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # as usual for decoders; the attention mask tells them apart
     if tokenizer.pad_token_id is None:
-        raise UsageError(f"backbone.tokenizer = {name!r}: has no padding token; batches cannot be padded")
+        raise UsageError(f"backbone.tokenizer = {name!r}: has neither padding nor end token; batches cannot be padded")
     return tokenizer
 
 

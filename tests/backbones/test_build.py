@@ -97,8 +97,11 @@ def test_refused(options: dict[str, Any], message: str) -> None:
 def test_a_tokenizer_without_padding_token(tmp_path: Path) -> None:
     plain = PreTrainedTokenizerFast(tokenizer_object=toy_tokenizer().backend_tokenizer)
     plain.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="has no padding token"):
+    with pytest.raises(UsageError, match="has neither padding nor end token"):
         load_tokenizer(str(tmp_path))
+    plain.eos_token = "[SEP]"
+    plain.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "[SEP]"
 
 
 def test_an_unknown_tokenizer() -> None:
