@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_write"]
+from peft_lightning.errors import UsageError
+
+__all__ = ["atomic_write", "fresh_folder"]
 
 
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
@@ -38,3 +41,29 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def fresh_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its place when all is written, and is gone if anything fails.
+
+    Args:
+        folder: new or empty. Its parents are made if needed. Only files are written into it, no folders.
+
+    Raises:
+        UsageError: if ``folder`` holds files or is one.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"out = {folder}: exists already and is not empty; name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.replace(folder)
+    finally:
+        if temporary.exists():
+            for path in temporary.iterdir():
+                path.unlink()
+            temporary.rmdir()

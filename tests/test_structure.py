@@ -31,10 +31,11 @@ PICTURE: dict[str, set[str]] = {
     "task_module": {"module", "tasks"},
     "methods": {"task_module"},
     "loading": {"methods"},
+    "exchange": {"loading"},
     "analysis": {"methods"},
     "callbacks": {"methods"},
     "study": {"methods"},
-    "cli": {"study", "analysis", "callbacks", "data", "loading"},
+    "cli": {"study", "analysis", "callbacks", "data", "exchange"},
 }
 # Packages that only some areas may import.
 KEPT_TO: dict[str, set[str]] = {"jsonargparse": {"cli"}, "lightning.pytorch.cli": {"cli"}}

@@ -14,7 +14,10 @@ COMMANDS = {
     "validate": "measure a checkpoint on the validation split",
     "test": "measure a checkpoint on the test split",
     "predict": "write a checkpoint's answers into the run's folder",
+    "export": "write an adapter for AdapterHub's library or PEFT",
+    "import": "read an adapter that AdapterHub's library or PEFT wrote",
 }
+_TOOLS = ("export", "import")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,9 +41,14 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"{words[0]!r} is not a command; there are: {', '.join(COMMANDS)}", 2)
     _quieten()
     try:
-        from peft_lightning.cli.trainer import run
+        if words[0] in _TOOLS:
+            from peft_lightning.cli.tools import run_tool
 
-        run(words)
+            run_tool(words)
+        else:
+            from peft_lightning.cli.trainer import run
+
+            run(words)
     except Exception as error:
         if debug:
             raise

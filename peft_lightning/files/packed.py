@@ -1,9 +1,9 @@
 """Masked tensors on the disk: kept values only, and masks of one bit per weight.
 
 A safetensors file with an entry of 100 bytes per tensor would cost more than the masks themselves, so the packed form
-has one tensor per dtype, ``values.<dtype>``, with the kept values of all tensors one after another, and ``bits`` (uint8,
-first entry in the highest bit) with all bool tensors. The index is compact JSON in the file's own metadata, under the
-file's checksum: it groups the names that differ in their layer number only::
+has one tensor per dtype, ``values.<dtype>``, with the kept values of all tensors one after another, and ``bits``
+(uint8, first entry in the highest bit) with all bool tensors. The index is compact JSON in the file's own metadata,
+under the file's checksum: it groups the names that differ in their layer number only::
 
     {"names": [before, after], "layers": [[start, stop], ...], "shape": [...], "dtype": "float32", "masked": true}
 

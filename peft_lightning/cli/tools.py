@@ -1,0 +1,111 @@
+"""``export`` and ``import``: adapters to and from the formats of other libraries."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from peft_lightning.errors import UsageError
+
+__all__ = ["run_tool"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Options in full words only, and a wrong one is a usage error of one line."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog.removeprefix('peft-lightning ')}: {message}")
+
+
+def run_tool(words: list[str]) -> None:
+    """Carry out ``export`` or ``import``.
+
+    Args:
+        words: the command and its options.
+
+    Raises:
+        UsageError: for wrong options.
+        CheckpointError: if a folder cannot be read, or a format has no words for the adapter.
+        SystemExit: after ``--help``.
+    """
+    command, *rest = words
+    with _notes():
+        if command == "export":
+            _export(rest)
+        else:
+            _import(rest)
+
+
+def _export(words: list[str]) -> None:
+    parser = _Parser(
+        prog="peft-lightning export",
+        description="Write a trained adapter for AdapterHub's library, for Hugging Face PEFT (LoRA only), or as an "
+        "adapter folder of our own. Masks travel as zeros, with the masks themselves in a file beside them.",
+    )
+    parser.add_argument("--ckpt_path", required=True, help="a checkpoint, a run's folder or an adapter folder")
+    parser.add_argument("--format", required=True, help="adapterhub, peft or peft_lightning")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--backbone", help="folder or hub name of the backbone, if it is not where the file says")
+    parser.add_argument(
+        "--head",
+        choices=("auto", "with", "without"),
+        default="auto",
+        help="whether the classification head goes along; auto: to AdapterHub if it was trained, to PEFT not",
+    )
+    given = parser.parse_args(words)
+    from peft_lightning.exchange import export_adapter
+
+    head = {"auto": None, "with": True, "without": False}[given.head]
+    export_adapter(given.ckpt_path, given.out, format=given.format, head=head, backbone=given.backbone)
+    sys.stdout.write(f"wrote {given.out}\n")
+
+
+def _import(words: list[str]) -> None:
+    parser = _Parser(
+        prog="peft-lightning import",
+        description="Read an adapter that AdapterHub's library or Hugging Face PEFT (LoRA) wrote, check it against the "
+        "backbone, and write it as an adapter folder of our own, which load() reads.",
+    )
+    parser.add_argument("--from", required=True, dest="source", metavar="FOLDER", help="holds adapter_config.json")
+    parser.add_argument("--task", required=True, help="name of a row of the task table")
+    parser.add_argument("--backbone", required=True, help="folder or hub name of the model the adapter was made for")
+    parser.add_argument("--tokenizer", help="folder or hub name, if it is not the backbone's own")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--allow_bin", action="store_true", help="read pickled tensors (.bin), and nothing but tensors")
+    parser.add_argument("--new_head", action="store_true", help="pass over the folder's head and begin with a new one")
+    given = parser.parse_args(words)
+    from peft_lightning.exchange import export_adapter, import_adapter
+
+    module = import_adapter(
+        given.source,
+        task=given.task,
+        backbone={"name": given.backbone, "tokenizer": given.tokenizer},
+        allow_bin=given.allow_bin,
+        new_head=given.new_head,
+    )
+    export_adapter(module, given.out, format="peft_lightning")
+    sys.stdout.write(f"wrote {given.out}\n")
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Print what this package warns of as plain lines; other warnings stay as they are."""
+    show = warnings.showwarning
+
+    def plain(message: Warning | str, category: type[Warning], *rest: object, **more: object) -> None:
+        if category is UserWarning:
+            sys.stdout.write(f"note: {message}\n")
+        else:
+            show(message, category, *rest, **more)  # type: ignore[arg-type]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning, module="peft_lightning")
+        warnings.showwarning = plain
+        yield

@@ -1,0 +1,11 @@
+"""Adapters from other libraries into a module, and back: AdapterHub's folders and Hugging Face PEFT's.
+
+Neither library is needed.
+"""
+
+from __future__ import annotations
+
+from peft_lightning.exchange.reading import import_adapter
+from peft_lightning.exchange.writing import FORMATS, export_adapter
+
+__all__ = ["FORMATS", "export_adapter", "import_adapter"]

@@ -1,0 +1,148 @@
+"""From a foreign folder to a module, strictly: facts of the base model first, then tensors both ways."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_lightning.backbones.build import as_backbone_config
+from peft_lightning.errors import CheckpointError, UsageError
+from peft_lightning.exchange.base import check_base, with_pooler
+from peft_lightning.files.adapterhub import read_adapterhub
+from peft_lightning.files.foreign import ForeignAdapter, read_json
+from peft_lightning.files.hf_peft import read_peft
+from peft_lightning.files.manifest import MANIFEST_KEY
+from peft_lightning.files.strict import check_tensors
+from peft_lightning.methods.sparse_adapter import PruneConfig, SparseAdapterModule
+
+__all__ = ["head_is_new", "import_adapter"]
+
+_RECORD = "imported"
+
+
+def import_adapter(
+    folder: str | Path,
+    *,
+    task: Any,
+    backbone: Any,
+    allow_bin: bool = False,
+    new_head: bool = False,
+    **options: Any,
+) -> SparseAdapterModule:
+    """A module from a folder that AdapterHub's library or PEFT wrote; it can be used, trained, saved and exported.
+
+    Args:
+        folder: has ``adapter_config.json`` and the tensors; the format is recognised.
+        task: name of a row of the task table, or a row.
+        backbone: the model that the adapter was made for; a folder, a hub name, or a ``BackboneConfig``.
+        allow_bin: read pickled tensors (``.bin``); nothing but tensors and plain containers is.
+        new_head: pass over the folder's head and begin with a new one.
+        options: further arguments of :class:`SparseAdapterModule`, such as ``optim``.
+
+    Returns:
+        The module, in evaluation mode. Warnings say what was not taken over, and that a head is new.
+
+    Raises:
+        CheckpointError: if the folder is damaged, asks for what is not computed here, or belongs to another backbone.
+        UsageError: if an option is wrong, or only pickled tensors are there and ``allow_bin`` is False.
+    """
+    folder = Path(folder)
+    if taken := sorted({"adapter", "prune"} & options.keys()):
+        raise UsageError(f"{taken[0]}: the folder decides this; leave the option out")
+    given = _reader(folder)(folder, allow_bin=allow_bin, with_head=not new_head)
+    config = as_backbone_config(backbone)
+    check_base(given, config, folder)
+    given = with_pooler(given, config, folder)
+    style = "dense" if given.head is None or "dense.weight" in given.head else "linear"
+    if given.head is not None and options.get("head", style) != style:
+        raise UsageError(f"head = {options['head']!r}: the folder's head is {style!r}; leave the option out")
+    prune = PruneConfig(sparsity=_sparsity(given))
+    module = SparseAdapterModule(
+        task=task, backbone=config, adapter=given.adapter, prune=prune, **{"head": style, **options}
+    )
+    _check_classes(given, module, folder)
+    module.configure_model()
+    _fill(module, given, folder)
+    notes = list(given.notes)
+    if given.head is None:
+        notes.append("the head is new, so train it before use")
+        module.run_config = {**module.run_config, _RECORD: {"new_head": _digest(module.head)}}
+    for note in notes:
+        warnings.warn(f"{folder}: {note}", stacklevel=2)
+    return module.eval()
+
+
+def head_is_new(module: SparseAdapterModule) -> bool:
+    """Whether the head is still the random one that an import began with."""
+    record = module.run_config.get(_RECORD)
+    return isinstance(record, dict) and record.get("new_head") == _digest(module.head)
+
+
+def _reader(folder: Path) -> Any:
+    """The reader of the format that a folder is in."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder")
+    if (folder / "manifest.json").exists():
+        raise UsageError(f"{folder}: is an adapter of peft_lightning already; load() reads it")
+    if (folder / "adapter_fusion_config.json").exists():
+        raise CheckpointError(f"{folder}: is an AdapterFusion, which cannot be represented here; import its adapters")
+    if not (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder}: holds no adapter_config.json, as AdapterHub's library and PEFT write it")
+    config = read_json(folder / "adapter_config.json")
+    if "peft_type" in config:
+        return read_peft
+    if "config" in config:
+        return read_adapterhub
+    raise CheckpointError(f"{folder}: adapter_config.json is neither PEFT's (peft_type) nor AdapterHub's (config)")
+
+
+def _sparsity(given: ForeignAdapter) -> float:
+    """Share removed of the prunable weights; 0 where there are no masks, so that nothing is masked."""
+    total = sum(tensor.numel() for name, tensor in given.tensors.items() if not name.endswith("bias"))
+    removed = sum(int((~mask).sum()) for mask in given.masks.values())
+    return removed / total
+
+
+def _check_classes(given: ForeignAdapter, module: SparseAdapterModule, folder: Path) -> None:
+    """As many classes as the task has; in another order they would answer wrongly without a word."""
+    labels, outputs = module.task.labels, module.kind.num_outputs
+    if given.head is not None and given.head["out.weight"].shape[0] != outputs:
+        raise CheckpointError(
+            f"{folder}: its head has {given.head['out.weight'].shape[0]} outputs, the task {module.task.name} has "
+            f"{outputs}; import with a new head (--new_head)"
+        )
+    named = given.labels or labels
+    if set(named) == set(labels) and tuple(named) != tuple(labels):
+        raise CheckpointError(
+            f"{folder}: the head's classes are in the order {', '.join(named)}, the task's in the order "
+            f"{', '.join(labels)}; give the task with its labels in the head's order"
+        )
+
+
+def _fill(module: SparseAdapterModule, given: ForeignAdapter, folder: Path) -> None:
+    """Load the tensors through the module's own strict path, as from a checkpoint."""
+    own = {name: tensor.detach() for name, tensor in module.owned_state().items()}
+    new: dict[str, Tensor] = {f"backbone.{name}": tensor for name, tensor in given.tensors.items()}
+    if given.head is None:
+        new |= {name: tensor for name, tensor in own.items() if name.startswith("head.")}
+    else:
+        new |= {f"head.{name}": tensor for name, tensor in given.head.items()}
+    for name, tensor in own.items():
+        if name.endswith("_mask"):
+            path = name.removeprefix("backbone.").removesuffix("_mask")
+            new[name] = given.masks.get(path, torch.ones_like(tensor))
+    check_tensors(new, own, str(folder))
+    module.on_load_checkpoint({"state_dict": new, MANIFEST_KEY: module.manifest()})
+    module.load_state_dict(new)
+
+
+def _digest(head: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(head.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,286 @@
+"""AdapterHub's folders, read and written without its library: adapters of BERT and RoBERTa, and their heads.
+
+The names of the tensors are ours (or ours theirs): ``encoder.layer.0.output.adapters.NAME.adapter_up.weight`` and
+``encoder.layer.0.attention.self.query.loras.NAME.lora_A``, with ``bert.`` or ``roberta.`` before them where the model
+they were saved from had a head. Facts from adapters 1.3.0 (src/adapters: loading, utils, head_utils, heads/base);
+files of its predecessors are read too (renamed tensors, inverse adapters that were written but never used).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from peft_lightning.errors import CheckpointError
+from peft_lightning.files.adapterhub_config import from_config, to_config
+from peft_lightning.files.foreign import ForeignAdapter, read_json, read_masks, read_tensors, write_folder
+
+__all__ = ["FAMILIES", "read_adapterhub", "write_adapterhub"]
+
+FAMILIES = {"bert": "Bert", "roberta": "Roberta"}
+"""The ``model_type`` of the models whose adapters are read and written, with the stem of their classes' names."""
+
+# The format that is written is this version's; a reader takes a file without a known version for an old one.
+_VERSION = "adapters.1.3.0"
+_LEGACY = re.compile(r"\.(attention|layer)_text_(task|lang)_adapters\.")
+_TENSOR = re.compile(
+    r"encoder\.layer\.(?P<layer>\d{1,6})\."
+    r"((?P<place>(?:attention\.)?output)\.adapters\.(?P<name>[^.]+)\.(?P<part>adapter_down\.0|adapter_up)\.(?P<kind>weight|bias)"
+    r"|(?P<matrix>attention\.self\.(?:query|key|value)|intermediate\.dense|output\.dense)"
+    r"\.loras\.(?P<lora>[^.]+)\.(?P<AB>lora_[AB]))"
+)
+_HEAD = {"dense": 2, "linear": 1}  # our styles and their number of layers
+_FLEX = {"1": "dense", "4": "out"}
+_STATIC = {"RobertaForSequenceClassification": {"classifier.dense": "dense", "classifier.out_proj": "out"}}
+
+
+def read_adapterhub(folder: str | Path, *, allow_bin: bool = False, with_head: bool = True) -> ForeignAdapter:
+    """Read an adapter, its head where there is one, and the masks beside it.
+
+    Args:
+        folder: has ``adapter_config.json`` and ``adapter.safetensors`` or ``pytorch_adapter.bin``.
+        allow_bin: read the latter; of a pickle only tensors and plain containers are.
+        with_head: False passes over a head.
+
+    Raises:
+        CheckpointError: if it is damaged, incomplete, or asks for something that is not computed here.
+        UsageError: if only a pickle is there and ``allow_bin`` is False.
+    """
+    folder = Path(folder)
+    what = folder / "adapter_config.json"
+    config = read_json(what)
+    model_type = config.get("model_type")
+    if model_type not in tuple(FAMILIES):
+        raise CheckpointError(
+            f"{what}: model_type = {str(model_type)[:100]!r}: AdapterHub's names are known here for "
+            f"{' and '.join(FAMILIES)} only"
+        )
+    hidden = config.get("hidden_size")
+    if type(hidden) is not int or hidden < 1:
+        raise CheckpointError(f"{what}: hidden_size = {str(hidden)[:100]}: must be a whole number of at least 1")
+    given = read_tensors(folder, "adapter.safetensors", "pytorch_adapter.bin", allow_bin)
+    renamed = [(_LEGACY.sub(".adapters.", name).removeprefix(f"{model_type}."), t) for name, t in given.items()]
+    tensors = dict(renamed)
+    if len(tensors) != len(given):
+        raise CheckpointError(f"{folder}: has two tensors of one name, one of them under its old name")
+    notes = _inverse(config, tensors, str(what))
+    depth = _depth(config, tensors)
+    adapter, more = from_config(config, depth, str(what))
+    masks = read_masks(folder, tensors)
+    tensors = _checked(tensors, str(config.get("name")), adapter.name, hidden, adapter.bottleneck, folder)
+    masks = {_with_name(name, adapter.name): mask for name, mask in masks.items()}
+    head, labels = _read_head(folder, allow_bin) if with_head else (None, None)
+    base = {"model_type": model_type, "hidden_size": hidden, "num_hidden_layers": depth}
+    return ForeignAdapter(
+        adapter=adapter, tensors=tensors, masks=masks, head=head, labels=labels, base=base, notes=(*notes, *more)
+    )
+
+
+def write_adapterhub(folder: str | Path, given: ForeignAdapter) -> None:
+    """Write an adapter, its head if it has one, and the masks beside it.
+
+    Args:
+        folder: made if needed.
+        given: ``base`` has model_type, hidden_size, num_hidden_layers and model_name.
+
+    Raises:
+        CheckpointError: if the format has no words for it.
+    """
+    base = given.base
+    if base["model_type"] not in FAMILIES:
+        raise CheckpointError(
+            f"backbone of type {base['model_type']!r}: AdapterHub's format is written for {' and '.join(FAMILIES)} only"
+        )
+    if given.adapter.kind == "mam":
+        raise CheckpointError(
+            "adapter.kind = 'mam': AdapterHub's format keeps the prefixes of all layers in one reparametrised pool, "
+            "which ours are not; houlsby, pfeiffer, parallel and lora can be written"
+        )
+    stem, name = FAMILIES[base["model_type"]], given.adapter.name
+    places, left_out = _places(given)
+    inner = next(t.shape[0] for key, t in given.tensors.items() if key.endswith(("adapter_down.0.weight", "lora_A")))
+    common = {
+        "hidden_size": base["hidden_size"],
+        "model_class": f"{stem}Model" if given.head is None else f"{stem}AdapterModel",
+        "model_name": base.get("model_name"),
+        "model_type": base["model_type"],
+        "name": name,
+        "version": _VERSION,
+    }
+    prefix = "" if given.head is None else f"{base['model_type']}."
+    files: dict[str, Any] = {
+        "adapter_config.json": {
+            **common,
+            "config": to_config(given.adapter, places, left_out, base["hidden_size"], inner),
+        },
+        "adapter.safetensors": save_safetensors({prefix + key: t for key, t in given.tensors.items()}),
+    }
+    if given.head is not None:
+        files["head_config.json"] = {**common, "config": _head_config(given)}
+        back = {"dense": "1", "out": "4" if "dense.weight" in given.head else "1"}
+        files["model_head.safetensors"] = save_safetensors(
+            {f"heads.{name}.{back[key.partition('.')[0]]}.{key.partition('.')[2]}": t for key, t in given.head.items()}
+        )
+    write_folder(Path(folder), files, given.masks)
+
+
+# -- the adapter ----------------------------------------------------------------------------------------------------
+
+
+def _inverse(config: dict[str, Any], tensors: dict[str, Tensor], what: str) -> list[str]:
+    """Old task adapters claim an inverse adapter that they never had; a real one cannot be represented."""
+    section = config.get("config")
+    claimed = next(
+        (k for k in ("inv_adapter", "invertible_adapter") if isinstance(section, dict) and section.get(k)), None
+    )
+    found = [name for name in tensors if "invertible_" in name]
+    if claimed is None and not found:
+        return []
+    if found or config.get("type") != "text_task":
+        value = section[claimed] if claimed and isinstance(section, dict) else None
+        raise CheckpointError(
+            f"{what}: {claimed or 'inv_adapter'} = {value}: inverse adapters cannot be represented here"
+        )
+    return [f"{claimed} is not taken over: this file has no such tensors, and its task adapter never used any"]
+
+
+def _depth(config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
+    """Number of the base model's layers, as far as the file tells."""
+    section = config.get("config")
+    left_out = section.get("leave_out") if isinstance(section, dict) else None
+    numbers = [layer for layer in left_out if type(layer) is int] if isinstance(left_out, list) else []
+    numbers += [int(found["layer"]) for name in tensors if (found := _TENSOR.fullmatch(name))]
+    return min(max(numbers, default=-1) + 1, 10_000)
+
+
+def _checked(
+    tensors: dict[str, Tensor], name: str, new: str, hidden: int, inner: int, folder: Path
+) -> dict[str, Tensor]:
+    """The tensors under the adapter's new name; shapes are those of the configuration."""
+    shapes = {
+        "adapter_down.0.weight": (inner, hidden),
+        "adapter_down.0.bias": (inner,),
+        "adapter_up.weight": (hidden, inner),
+        "adapter_up.bias": (hidden,),
+    }
+    wrong = []
+    for key, tensor in tensors.items():
+        found = _TENSOR.fullmatch(key)
+        if found is None or name not in (found["name"], found["lora"]):
+            wrong.append(f"{key} is no tensor of the adapter {name!r}")
+        elif found["lora"]:
+            rank = tensor.shape[0 if found["AB"] == "lora_A" else -1] if tensor.ndim == 2 else None
+            if rank != inner:
+                wrong.append(f"{key} {tuple(tensor.shape)} has not the rank {inner}")
+        else:
+            want = shapes[f"{found['part']}.{found['kind']}"]
+            if tuple(tensor.shape) != want:
+                wrong.append(f"{key} {tuple(tensor.shape)}, expected {want}")
+    if wrong or not tensors:
+        listed = "; ".join(sorted(wrong)[:4]) or "there are none"
+        raise CheckpointError(f"{folder}: {len(wrong)} tensors differ from adapter_config.json: {listed}")
+    return {_with_name(key, new): tensor for key, tensor in tensors.items()}
+
+
+def _with_name(key: str, name: str) -> str:
+    return re.sub(r"\.(adapters|loras)\.[^.]+\.", lambda found: f".{found[1]}.{name}.", key, count=1)
+
+
+def _places(given: ForeignAdapter) -> tuple[list[str], list[int]]:
+    """Places within a layer, the same in all layers that have any, and the layers that have none."""
+    by_layer: dict[int, set[str]] = {}
+    for key in given.tensors:
+        found = _TENSOR.fullmatch(key)
+        if found is None:
+            raise CheckpointError(f"{key}: AdapterHub's format has no adapter there")
+        by_layer.setdefault(int(found["layer"]), set()).add(found["place"] or found["matrix"])
+    first = next(iter(by_layer.values()))
+    if any(places != first for places in by_layer.values()):
+        raise CheckpointError(
+            "adapter.target chooses other places in some layers than in others: AdapterHub's format can leave out "
+            "whole layers only"
+        )
+    return sorted(first), [layer for layer in range(given.base["num_hidden_layers"]) if layer not in by_layer]
+
+
+# -- the head -------------------------------------------------------------------------------------------------------
+
+
+def _read_head(folder: Path, allow_bin: bool) -> tuple[dict[str, Tensor] | None, tuple[str, ...] | None]:
+    names = ("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
+    if not any((folder / name).exists() for name in names):
+        return None, None
+    what = folder / "head_config.json"
+    config = read_json(what)
+    given = read_tensors(folder, "model_head.safetensors", "pytorch_model_head.bin", allow_bin)
+    flex = config.get("config")
+    if isinstance(flex, dict):
+        layers = _check_flex(flex, what)
+        numbers = _FLEX if layers == 2 else {"1": "out"}
+        parts = {f"heads.{config.get('name')}.{number}": part for number, part in numbers.items()}
+        label2id = flex.get("label2id")
+    elif config.get("model_class") in tuple(_STATIC):
+        parts, label2id = _STATIC[config["model_class"]], config.get("label2id")
+    else:
+        raise CheckpointError(
+            f"{what}: model_class = {str(config.get('model_class'))[:100]!r}: this head is not ours (a head of two "
+            "layers and tanh, or of one); import with a new head (--new_head)"
+        )
+    expected = {f"{old}.{kind}": f"{part}.{kind}" for old, part in parts.items() for kind in ("weight", "bias")}
+    if given.keys() != expected.keys():
+        raise CheckpointError(
+            f"{folder}: the head's tensors differ from head_config.json; missing: "
+            f"{', '.join(sorted(expected.keys() - given.keys())) or 'none'}; unexpected: "
+            f"{', '.join(sorted(given.keys() - expected.keys())) or 'none'}"
+        )
+    return {expected[name]: tensor for name, tensor in given.items()}, _labels(label2id)
+
+
+def _check_flex(config: dict[str, Any], what: Path) -> int:
+    allowed: dict[str, tuple[Any, ...]] = {
+        "head_type": ("classification",),
+        "layers": tuple(_HEAD.values()),
+        "use_pooler": (False,),
+        "bias": (True,),
+    }
+    if config.get("layers") == 2:
+        allowed["activation_function"] = ("tanh",)
+    defaults = {"use_pooler": False, "bias": True}
+    for key, values in allowed.items():
+        value = config.get(key, defaults.get(key))
+        if value not in values:
+            raise CheckpointError(
+                f"{what}: {key} = {str(value)[:100]}: this head is not ours ({key} must be "
+                f"{' or '.join(map(str, values))}); import with a new head (--new_head)"
+            )
+    return int(config["layers"])
+
+
+def _labels(label2id: Any) -> tuple[str, ...] | None:
+    """The classes in order, where the file names them (LABEL_0 is no name)."""
+    if not isinstance(label2id, dict) or not all(isinstance(i, int) for i in label2id.values()):
+        return None
+    names = tuple(sorted(label2id, key=lambda name: label2id[name]))
+    generic = all(name == f"LABEL_{i}" for i, name in enumerate(names))
+    return None if generic or sorted(label2id.values()) != list(range(len(names))) else names
+
+
+def _head_config(given: ForeignAdapter) -> dict[str, Any]:
+    assert given.head is not None
+    count = given.head["out.weight"].shape[0]
+    names = given.labels if given.labels and len(given.labels) == count else [f"LABEL_{i}" for i in range(count)]
+    layers = 2 if "dense.weight" in given.head else 1
+    return {
+        "activation_function": "tanh" if layers == 2 else None,
+        "bias": True,
+        "dropout_prob": None,
+        "head_type": "classification",
+        "label2id": {name: i for i, name in enumerate(names)},
+        "layers": layers,
+        "num_labels": count,
+        "use_pooler": False,
+    }
