@@ -18,7 +18,6 @@ parameters as the dense adapter. Deviations, each for a reason:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -33,6 +32,7 @@ from peft_lightning.functional.saliency import grasp, magnitude, random_scores, 
 from peft_lightning.functional.sparsify import erdos_renyi_counts, kept_count, top_masks
 from peft_lightning.layers.adapters import AdapterConfig, attach_adapters
 from peft_lightning.layers.masked import MaskedParameter, prunable
+from peft_lightning.layers.still import held_still
 from peft_lightning.settings import OptimConfig, as_config
 from peft_lightning.task_module import TaskModule
 from peft_lightning.tasks.table import Task
@@ -198,7 +198,7 @@ class SparseAdapterModule(TaskModule):
             "adapters": {"kind": self.adapter.kind, "sites": list(self.adapters)},
         }
 
-    fixed_by_file = (*TaskModule.fixed_by_file, "prune", "adapter")
+    fixed_by_file = (*TaskModule.fixed_by_file, "prune", "adapter.init_std")
 
     # -- pruning at initialisation ---------------------------------------------------------------------------
 
@@ -226,7 +226,7 @@ class SparseAdapterModule(TaskModule):
             DegenerateScoreError: if the scores rank nothing, or would leave a tensor empty.
         """
         parameters = self.prunable()
-        with self._scoring_state():
+        with held_still(self):
             scores = self._scores(parameters, list(batches))
         masks = top_masks(scores, self._kept(parameters), seed=self.seed)
         for name, parameter in parameters.items():
@@ -296,27 +296,3 @@ class SparseAdapterModule(TaskModule):
                 parameter.grad = gradients[name]
             optimizer.step()
         optimizer.zero_grad()
-
-    @contextmanager
-    def _scoring_state(self) -> Iterator[None]:
-        """Eval mode, fp32 throughout and no compiled graphs (they have no second derivative); then all as before."""
-        modes = {module: module.training for module in self.modules()}
-        values = {parameter: parameter.detach().clone() for parameter in self.trainable_parameters().values()}
-        tensors = [*self.backbone.parameters(), *self.backbone.buffers()]
-        halves = {tensor: tensor.dtype for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)}
-        compiled, self.backbone._compiled_call_impl = self.backbone._compiled_call_impl, None
-        self.eval()
-        try:
-            for tensor in halves:
-                tensor.data = tensor.data.float()  # and back without loss
-            with torch.autocast(self.device.type, enabled=False):
-                yield
-        finally:
-            for tensor, dtype in halves.items():
-                tensor.data = tensor.data.to(dtype)
-            with torch.no_grad():
-                for parameter, value in values.items():
-                    parameter.copy_(value)
-            for module, mode in modes.items():
-                module.training = mode
-            self.backbone._compiled_call_impl = compiled

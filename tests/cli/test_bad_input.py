@@ -54,7 +54,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "sparsity": (["--model.init_args.prune.sparsity", "1.0"], r"sparsity = 1\.0: must be the share removed"),
     "negative sparsity": (["--model.init_args.prune.sparsity", "-0.1"], r"sparsity = -0\.1"),
     "bottleneck": (["--model.init_args.adapter.bottleneck", "0"], "bottleneck = 0: must be at least 1"),
-    "score": (["--model.init_args.prune.score", "best"], "must be snip or magnitude"),
+    "score": (["--model.init_args.prune.score", "best"], "must be random, magnitude, er, snip, grasp"),
     "target": (
         ["--model.init_args.adapter.target", "decoder"],
         "matches no site; there are: encoder.layer.0",
@@ -228,7 +228,7 @@ def test_the_flag_wins_over_a_configuration_without_a_checkpoint(finished: Path,
 
 @pytest.mark.parametrize(
     ("flag", "value", "recorded"),
-    [("optim.lr", "1e-7", "0.005"), ("prune.sparsity", "0.8", "0.4"), ("adapter.init_std", "0.5", "0.02")],
+    [("optim.lr", "1e-7", "0.005"), ("prune.sparsity", "0.8", "None"), ("adapter.init_std", "0.5", "0.02")],
 )
 @pytest.mark.parametrize("command", ["fit", "test"])
 def test_what_a_checkpoint_decides_is_refused_as_a_flag(

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from peft_lightning import SparseAdapterModule
 from peft_lightning.errors import UsageError
 from peft_lightning.functional.sparsify import DegenerateScoreError, kept_count
+from peft_lightning.layers.still import held_still
 from tests.toy import build, data, tiny, trainer
 
 
@@ -41,7 +42,7 @@ def test_snip_masks_follow_the_finite_differences_of_the_real_loss() -> None:
     m.double()
     scoring = batches(3)
     weights: dict[str, Tensor] = {name: parameter.weight for name, parameter in m.prunable().items()}
-    with m._scoring_state():
+    with held_still(m):
         scores = m._scores(m.prunable(), scoring)
     m.eval()
 
@@ -200,7 +201,7 @@ def test_grasp_keeps_what_its_definition_keeps() -> None:
         ends.append(gradient())
     for weight, g in zip(weights.values(), start, strict=True):
         weight.data.add_(g, alpha=step)
-    with m._scoring_state():
+    with held_still(m):
         scores = m._scores(m.prunable(), scoring)
     for name, high, low in zip(weights, *ends, strict=True):
         expected = weights[name].detach() * (high - low) / (2 * step)
@@ -246,7 +247,7 @@ def test_warming_up_is_adam_on_the_scoring_batches() -> None:
     m = module(dropout=0.3, prune={"score_init": "warmup", "warmup_steps": 3}, optim={"lr": 1e-2})
     twin = module(dropout=0.3, optim={"lr": 1e-2})
     scoring = batches(2)
-    with m._scoring_state():
+    with held_still(m):
         m._scores(m.prunable(), scoring)
         warmed = {name: p.detach().clone() for name, p in m.trainable_parameters().items()}
     optimizer = torch.optim.Adam(twin.trainable_parameters().values(), lr=1e-2)
