@@ -53,7 +53,8 @@ def run(model: nn.Module) -> Tensor:
 @cells
 def test_trains_twenty_steps_and_equals_the_formulas(family: str, kind: str) -> None:
     settings: dict[str, Any] = {"adapter": {"kind": kind, "bottleneck": 4, "init_std": 0.1}, "head_dropout": 0.0}
-    module = SparseAdapterModule("toy_sentiment", backbone_setting(family), optim={"lr": 1e-2}, **settings)
+    settings |= {"backbone": backbone_setting(family), "optim": {"lr": 1e-2}}
+    module = SparseAdapterModule("toy_sentiment", **settings)
     module.configure_model()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     untouched = copy.deepcopy(module.backbone)
@@ -83,7 +84,7 @@ def test_gradients_are_those_of_the_formulas(family: str, kind: str) -> None:
         (run(oracle(plain(family).eval(), tensors, kind, KINDS[kind])) * direction).sum(), list(tensors.values())
     )
     for name, a, b in zip(tensors, got, expected, strict=True):
-        assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @cells
