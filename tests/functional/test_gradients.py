@@ -175,6 +175,12 @@ def test_no_weights(batches: list[Batch], model: _Attentive, function: Callable[
         function(_loss_of(model), {}, batches, _same)
 
 
-def test_two_passes_need_a_list(model: _Attentive, batches: list[Batch]) -> None:
-    with pytest.raises(UsageError, match="batches = list_iterator: must be a list"):
-        hessian_gradient(_loss_of(model), _weights(model), iter(batches), _same)
+def test_the_last_batch_is_run_once(model: _Attentive, batches: list[Batch]) -> None:
+    sizes, loss = [], _loss_of(model)
+
+    def counted(batch: Batch) -> tuple[Tensor, Tensor]:
+        sizes.append(len(batch[1]))
+        return loss(batch)
+
+    hessian_gradient(counted, _weights(model), batches, _same)
+    assert sizes == [3, 1, 4, 1, 3]
