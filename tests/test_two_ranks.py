@@ -45,6 +45,7 @@ def test_as_one_process(name: str, ends: dict[int, Path]) -> None:
     masks = {key: tensor for key, tensor in one["state"].items() if tensor.dtype == torch.bool}
     for key, mask in masks.items():
         assert torch.equal(mask, two[0]["state"][key]), key
+        assert not two[0]["state"][key.removesuffix("_mask")][~mask].any(), key
     series = [
         [
             (row["step"], float(row["train/loss"]))

@@ -132,6 +132,7 @@ def test_a_resumed_run_keeps_its_masks(tmp_path: Path, monkeypatch: pytest.Monke
     )
     for name, mask in masks(m).items():
         assert torch.equal(masks(again)[name], mask)
+        assert not again.prunable()[name].weight[~mask].any()
 
 
 def test_dense_has_no_masks_and_no_scoring() -> None:
