@@ -165,8 +165,12 @@ class TaskModule(MethodModule):
         if isinstance(positions, nn.Embedding):
             # RoBERTa counts positions from behind the padding's
             most = positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
-            if max_length > most:
-                raise UsageError(f"max_length = {max_length}: the backbone has {most} positions")
+        elif hasattr(getattr(self.backbone, "encoder", None), "embed_positions"):  # BART
+            most = cast(Any, self.backbone.config).max_position_embeddings
+        else:
+            return
+        if max_length > most:
+            raise UsageError(f"max_length = {max_length}: the backbone has {most} positions")
 
     # -- steps -----------------------------------------------------------------------------------------------
 

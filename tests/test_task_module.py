@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from peft_lightning import FineTuneModule, SparseAdapterModule, Task, TaskDataModule
+from peft_lightning.backbones.families import FAMILIES
 from peft_lightning.callbacks.report import Report
 from peft_lightning.errors import UsageError
+from tests.families import backbone_setting, inputs
 from tests.tasks.kinds.test_kinds import ManyLabels
 from tests.toy import TINY, build, data, tiny, trainer
 
@@ -90,3 +93,36 @@ def test_class_weights_are_checked(weights: list[float]) -> None:
 def test_class_weights_have_no_place_in_a_regression() -> None:
     with pytest.raises(UsageError, match="class_weights"):
         build(FineTuneModule, task="toy_similarity", class_weights=[1.0])
+
+
+@pytest.mark.parametrize("family", ["bert", "bart", "llama"])
+def test_the_token_that_stands_for_a_text(family: str) -> None:
+    """First, or last that is no padding: what follows it or comes before it in the batch does not matter."""
+    module = build(FineTuneModule, backbone=backbone_setting(family))
+    module.configure_model()
+    module.eval()
+    batch = inputs()
+    seen: list[torch.Tensor] = []
+    module.head.register_forward_pre_hook(lambda head, args: seen.append(args[0][:, 0].detach()))
+    module(batch)
+    hidden = module.backbone(**batch).last_hidden_state
+    places = batch["attention_mask"].sum(1) - 1 if family != "bert" else torch.zeros(3, dtype=torch.long)
+    assert_close(seen[0], hidden[torch.arange(3), places])
+    left = {name: tensor.flip(1) for name, tensor in batch.items()} if family == "llama" else batch
+    module(left)
+    if family == "llama":  # padded on the left: the last place of all
+        assert_close(seen[1], module.backbone(**left).last_hidden_state[:, -1])
+
+
+def test_bart_has_as_many_positions_as_its_configuration_says() -> None:
+    setting = backbone_setting("bart")
+    setting["config"]["max_position_embeddings"] = 32
+    module = build(FineTuneModule, backbone=setting)
+    with pytest.raises(UsageError, match="max_length = 128: the backbone has 32 positions"):
+        module.predict(["the cat"])
+
+
+def test_token_types_stop_where_an_architecture_has_none() -> None:
+    for family in FAMILIES:
+        module = build(FineTuneModule, backbone=backbone_setting(family), task="toy_pairs")
+        assert module.predict([("the cat", "the dog")])[0]["label"]
