@@ -7,7 +7,8 @@ from typing import BinaryIO
 
 import pytest
 
-from peft_lightning.atomic import atomic_write
+from peft_lightning.atomic import atomic_write, fresh_folder
+from peft_lightning.errors import UsageError
 
 
 def test_replaces_the_content(tmp_path: Path) -> None:
@@ -44,3 +45,29 @@ def test_two_writers_do_not_share_a_temporary_file(tmp_path: Path) -> None:
     atomic_write(target, outer)
     assert target.read_bytes() == b"outer"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder"
+    with fresh_folder(target) as fresh:
+        (fresh / "file").write_text("one")
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["file"]
+    (tmp_path / "empty").mkdir()
+    with fresh_folder(tmp_path / "empty") as fresh:
+        (fresh / "file").write_text("one")
+    assert (tmp_path / "empty" / "file").exists()
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"), fresh_folder(tmp_path / "folder") as fresh:
+        (fresh / "file").write_text("half")
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for target in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UsageError, match="exists already and is not empty"), fresh_folder(target):
+            raise AssertionError("not reached")

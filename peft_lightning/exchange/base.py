@@ -37,9 +37,9 @@ def check_base(given: ForeignAdapter, backbone: BackboneConfig, folder: Path) ->
             config: Any = AutoConfig.for_model(**backbone.config)
         else:
             config = AutoConfig.from_pretrained(backbone.name, revision=backbone.revision)
+        model_class: Any = AutoModel._model_mapping[type(config)]
     except (OSError, ValueError, KeyError, TypeError):
         return  # building the backbone says what is wrong with it
-    model_class: Any = AutoModel._model_mapping[type(config)]
     facts = {key: given.base[key] for key in (*_FACTS, "prefix", "class") if key in given.base}
     here: dict[str, Any] = {key: getattr(config, key, None) for key in _FACTS}
     here |= {"prefix": model_class.base_model_prefix, "class": model_class.__name__}

@@ -45,7 +45,8 @@ def import_adapter(
         options: further arguments of :class:`SparseAdapterModule`, such as ``optim``.
 
     Returns:
-        The module, in evaluation mode. Warnings say what was not taken over, and that a head is new.
+        The module, in evaluation mode (call ``train()`` before a fit). Warnings say what was not taken over, and that
+        a head is new.
 
     Raises:
         CheckpointError: if the folder is damaged, asks for what is not computed here, or belongs to another backbone.

@@ -60,7 +60,7 @@ def read_adapterhub(folder: str | Path, *, allow_bin: bool = False, with_head: b
             f"{' and '.join(FAMILIES)} only"
         )
     hidden = config.get("hidden_size")
-    if type(hidden) is not int or hidden < 1:
+    if type(hidden) is not int or not 1 <= hidden < 1e9:
         raise CheckpointError(f"{what}: hidden_size = {str(hidden)[:100]}: must be a whole number of at least 1")
     given = read_tensors(folder, "adapter.safetensors", "pytorch_adapter.bin", allow_bin)
     renamed = [(_LEGACY.sub(".adapters.", name).removeprefix(f"{model_type}."), t) for name, t in given.items()]

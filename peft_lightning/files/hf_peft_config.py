@@ -81,19 +81,19 @@ def rank_and_scaling(
     config: Mapping[str, Any], paths: Mapping[str, str], tensors: Mapping[str, Tensor], name: str, what: Path
 ) -> tuple[int, float]:
     """The one rank and the one scaling of all matrices, after the patterns that may change either."""
-    found: dict[tuple[Any, Any], str] = {}
-    for site, path in paths.items():
+    found = set()
+    for path in paths.values():
         rank = _patterned(config, "rank_pattern", path, config.get("r"), what)
         alpha = _patterned(config, "alpha_pattern", path, config.get("lora_alpha"), what)
-        found.setdefault((rank, alpha), site)
+        if type(rank) is not int or not 1 <= rank < 1e9:
+            _refuse(what, "r", rank, "a whole number of at least 1")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
+            _refuse(what, "lora_alpha", alpha, "a number")
+        found.add((rank, alpha))
     for index, pattern in enumerate(("rank_pattern", "alpha_pattern")):
         if len({key[index] for key in found}) > 1:
             _refuse(what, pattern, config.get(pattern), "the same value for all modules")
     ((rank, alpha),) = found
-    if type(rank) is not int or not 1 <= rank < 1e9:
-        _refuse(what, "r", rank, "a whole number of at least 1")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
-        _refuse(what, "lora_alpha", alpha, "a number")
     wrong = []
     for site in paths:
         pair = [tensors.get(f"{site}.loras.{name}.lora_{matrix}") for matrix in "AB"]

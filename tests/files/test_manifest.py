@@ -85,6 +85,8 @@ def test_foreign_and_missing_files(tmp_path: Path) -> None:
         read_file(tmp_path)
     with pytest.raises(CheckpointError, match="was not written by peft_lightning"):
         read_file(checkpoint(tmp_path / "foreign.ckpt", **{MANIFEST_KEY: None}))
+    with pytest.raises(CheckpointError, match="format 1 is not the format 2.*use the version of peft_lightning that"):
+        read_file(checkpoint(tmp_path / "old.ckpt", **{MANIFEST_KEY: {"format": 1}}))
     with pytest.raises(CheckpointError, match="format 99 is not the format"):
         read_file(checkpoint(tmp_path / "future.ckpt", **{MANIFEST_KEY: {"format": 99}}))
 

@@ -1,0 +1,250 @@
+"""PEFT's LoRA configuration: what is read, in that library's sense, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peft_lightning.errors import CheckpointError, UsageError
+from peft_lightning.files.foreign import ForeignAdapter
+from peft_lightning.files.hf_peft import read_peft, write_peft
+from peft_lightning.files.hf_peft_config import claimed_sites, target_modules
+from peft_lightning.layers.adapters import AdapterConfig
+
+PLACES = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+          "intermediate.dense", "output.dense")  # fmt: skip
+LINEARS = [f"encoder.layer.{i}.{place}" for i in range(12) for place in PLACES]
+
+
+def tensors(places: tuple[str, ...] = PLACES[::2][:2], layers: int = 2, name: str = "sparse") -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"encoder.layer.{i}.{place}.loras.{name}.{matrix}": torch.randn(shape, generator=generator)
+        for i in range(layers)
+        for place in places
+        for matrix, shape in (("lora_A", (4, 8)), ("lora_B", (8, 4)))
+    }
+
+
+def adapter(**changes: Any) -> ForeignAdapter:
+    values: dict[str, Any] = {
+        "adapter": AdapterConfig(kind="lora", bottleneck=4, scaling=2.0),
+        "tensors": tensors(),
+        "base": {"model_type": "roberta", "model_name": "tiny", "model_class": "RobertaModel"},
+    }
+    return ForeignAdapter(**{**values, **changes})
+
+
+HEAD = {
+    "dense.weight": torch.randn(8, 8),
+    "dense.bias": torch.randn(8),
+    "out.weight": torch.randn(2, 8),
+    "out.bias": torch.randn(2),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_peft(tmp_path / "a", adapter(), LINEARS)
+    return tmp_path / "a"
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_written_and_read_again(folder: Path) -> None:
+    given = read_peft(folder)
+    assert (given.adapter.kind, given.adapter.bottleneck, given.adapter.scaling) == ("lora", 4, 2.0)
+    assert_same(given.tensors, tensors())
+    assert given.head is None and given.masks == {} and given.notes == ()
+    names = load_file(folder / "adapter_model.safetensors")
+    assert "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight" in names
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "bert"])
+def test_heads_travel_under_the_names_of_a_sequence_classifier(model_type: str, tmp_path: Path) -> None:
+    base = {**adapter().base, "model_type": model_type}
+    write_peft(tmp_path, adapter(head=HEAD, base=base), LINEARS)
+    given = read_peft(tmp_path)
+    assert given.head is not None
+    assert_same(given.head, HEAD)
+    assert given.base["prefix"] == model_type and not given.base["pooler"]
+    assert read_peft(tmp_path, with_head=False).head is None
+
+
+def test_a_head_that_stands_on_the_base_models_pooler(tmp_path: Path) -> None:
+    write_peft(tmp_path, adapter(head=HEAD, base={**adapter().base, "model_type": "bert"}), LINEARS)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if "pooler" not in name}, path)
+    given = read_peft(tmp_path)
+    assert given.base["pooler"] and given.head is not None and given.head.keys() == {"out.weight", "out.bias"}
+
+
+def test_heads_that_are_not_ours(folder: Path, tmp_path: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.model.score.weight": torch.ones(2, 8)}, path)
+    with pytest.raises(CheckpointError, match="beside LoRA it holds score.weight.*--new_head"):
+        read_peft(folder)
+    assert read_peft(folder, with_head=False).head is None
+    linear = {name: tensor for name, tensor in HEAD.items() if name.startswith("out")}
+    for changes in ({"head": linear}, {"head": HEAD, "base": {**adapter().base, "model_type": "electra"}}):
+        with pytest.raises(CheckpointError, match="takes the head of roberta and bert with head = 'dense' only"):
+            write_peft(tmp_path / "b", adapter(**changes), LINEARS)
+    with pytest.raises(CheckpointError, match="adapter.kind = 'houlsby': PEFT's format is for lora only"):
+        write_peft(tmp_path / "b", adapter(adapter=AdapterConfig()), LINEARS)
+
+
+def test_masks_travel_beside_the_zeros_whatever_the_name(tmp_path: Path) -> None:
+    state = tensors(name="mine")
+    masks = {name: torch.rand(tensor.shape) < 0.5 for name, tensor in state.items()}
+    state = {name: tensor * masks[name] for name, tensor in state.items()}
+    named = AdapterConfig(kind="lora", bottleneck=4, scaling=2.0, name="mine")
+    write_peft(tmp_path, adapter(adapter=named, tensors=state, masks=masks), LINEARS)
+    given = read_peft(tmp_path)
+    assert_same(given.masks, {name.replace(".mine.", ".sparse."): mask for name, mask in masks.items()})
+    assert_same(given.tensors, {name.replace(".mine.", ".sparse."): tensor for name, tensor in state.items()})
+
+
+def test_scalings(folder: Path) -> None:
+    edit(folder, lora_alpha=6)
+    assert read_peft(folder).adapter.scaling == 1.5
+    edit(folder, use_rslora=True)
+    assert read_peft(folder).adapter.scaling == 6 / math.sqrt(4)
+    edit(folder, use_rslora=False, r=99, rank_pattern={"query": 4, r"layer\.\d+\.attention\.self\.value": 4})
+    assert read_peft(folder).adapter.bottleneck == 4
+    edit(folder, alpha_pattern={"query": 6, "value": 6}, lora_alpha=1)
+    assert read_peft(folder).adapter.scaling == 1.5
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"peft_type": "IA3"}, "peft_type = IA3"),
+    ({"use_dora": True}, "use_dora = True"),
+    ({"bias": "all"}, "bias = all"),
+    ({"lora_bias": True}, "lora_bias = True"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out = True"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights = olora"),
+    ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication = "),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices = "),
+    ({"use_qalora": True}, "use_qalora = True"),
+    ({"a_new_switch": "on"}, "a_new_switch = on.*no such setting"),
+    ({"rank_pattern": {"query": 2}}, "rank_pattern = .*the same value for all modules"),
+    ({"alpha_pattern": {"query": 2}}, "alpha_pattern = .*the same value for all modules"),
+    ({"alpha_pattern": {"(": 2}}, "alpha_pattern = .*a mapping of regular expressions"),
+    ({"rank_pattern": [1]}, "rank_pattern = .*a mapping of regular expressions"),
+    ({"r": 0}, "r = 0"),
+    ({"r": "4"}, "r = 4"),
+    ({"r": True}, "r = True"),
+    ({"r": 3}, "r = 3, but 4 modules differ"),
+    ({"lora_alpha": None}, "lora_alpha = None"),
+    ({"lora_alpha": 10**400}, "lora_alpha = 1000"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_what_cannot_be_represented_is_refused_by_name(change: dict[str, Any], message: str, folder: Path) -> None:
+    edit(folder, **change)
+    with pytest.raises(CheckpointError, match=f"adapter_config.json: {message}"):
+        read_peft(folder)
+
+
+def test_dropout_is_noted(folder: Path) -> None:
+    edit(folder, lora_dropout=0.1)
+    assert read_peft(folder).notes == ("lora_dropout = 0.1 is not taken over",)
+
+
+def test_tensors_of_something_else(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    state = load_file(path)
+    save_file({**state, "x": torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match="x: every tensor's name must start with base_model.model."):
+        read_peft(folder)
+    save_file({**state, "base_model.model.bert.output.dense.lora_A.weight": torch.ones(4, 8)}, path)
+    with pytest.raises(CheckpointError, match="tensors are in bert, encoder; must be in one model"):
+        read_peft(folder)
+    save_file({}, path)
+    with pytest.raises(CheckpointError, match="tensors are in no module"):
+        read_peft(folder)
+    save_file(
+        {name: tensor for name, tensor in state.items() if "layer.1.attention.self.value.lora_B" not in name}, path
+    )
+    with pytest.raises(CheckpointError, match=r"1 modules differ: encoder.layer.1.*B missing"):
+        read_peft(folder)
+
+
+def test_pickles_only_on_request(folder: Path) -> None:
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UsageError, match="adapter_model.bin: is a pickle; give allow_bin"):
+        read_peft(folder)
+    assert_same(read_peft(folder, allow_bin=True).tensors, tensors())
+
+
+RULES: list[dict[str, Any]] = [
+    {"target_modules": ["query", "value"]},
+    {"target_modules": ["dense"]},
+    {"target_modules": ["output.dense", "encoder.layer.3.attention.self.key"]},
+    {"target_modules": r".*\.(query|key)"},
+    {"target_modules": r".*layer\.[0-5]\.attention\.output\.dense"},
+    {"target_modules": ["query"], "layers_to_transform": [0, 11]},
+    {"target_modules": ["query"], "layers_to_transform": 1},
+    {"target_modules": ["query"], "layers_to_transform": [2], "layers_pattern": "layer"},
+    {"target_modules": ["query"], "layers_to_transform": [2], "layers_pattern": ["h", "layer"]},
+    {"target_modules": ["query"], "layers_to_transform": []},
+    {"target_modules": ["dense"], "exclude_modules": ["attention.output.dense"]},
+    {"target_modules": ["dense"], "exclude_modules": r".*intermediate.*"},
+    {"target_modules": ["dense"], "modules_to_save": ["intermediate"]},
+]
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_modules_are_chosen_as_that_library_chooses_them(rule: dict[str, Any], prefix: str) -> None:
+    config = SimpleNamespace(
+        **{"exclude_modules": None, "modules_to_save": None, "target_parameters": None, "layers_to_transform": None}
+        | {"layers_pattern": None}
+        | rule
+    )
+    chosen = {path for path in LINEARS if check_target_module_exists(config, prefix + path)}
+    excluded = {p for p in chosen if type(check_target_module_exists(config, prefix + p)).__name__ == "_ExcludedModule"}
+    assert claimed_sites({**rule, "prefix": prefix}, LINEARS) == chosen - excluded
+    assert chosen
+
+
+def test_a_choice_that_cannot_be_read() -> None:
+    with pytest.raises(CheckpointError, match="the choice of modules cannot be read"):
+        claimed_sites({"target_modules": "(", "prefix": ""}, LINEARS)
+    with pytest.raises(CheckpointError, match="the choice of modules cannot be read"):
+        claimed_sites({"target_modules": 3, "prefix": ""}, LINEARS)
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        (PLACES[:1], ["query"]),
+        (("output.dense",), [f"{i}.output.dense" for i in range(12)]),
+        (("attention.output.dense",), ["attention.output.dense"]),
+        (("intermediate.dense", "output.dense", "attention.output.dense"), ["dense"]),
+    ],
+)
+def test_the_shortest_exact_names(places: tuple[str, ...], expected: list[str]) -> None:
+    sites = [path for path in LINEARS if path.split(".", 3)[3] in places]
+    written = target_modules(sites, set(LINEARS))
+    assert sorted(written) == sorted(expected)
+    assert claimed_sites({"target_modules": written, "prefix": ""}, LINEARS) == set(sites)
