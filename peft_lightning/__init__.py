@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peft_lightning.backbones.build import BackboneConfig
     from peft_lightning.callbacks.checkpoint import RunCheckpoint
     from peft_lightning.data.supervised import TaskDataModule
+    from peft_lightning.exchange import export_adapter, import_adapter
     from peft_lightning.layers.adapters import AdapterConfig
     from peft_lightning.loading import load
     from peft_lightning.methods.fine_tune import FineTuneModule
@@ -31,6 +32,8 @@ __all__ = [
     "SparseAdapterModule",
     "Task",
     "TaskDataModule",
+    "export_adapter",
+    "import_adapter",
     "load",
 ]
 
@@ -44,6 +47,8 @@ _HOME = {
     "SparseAdapterModule": "methods",
     "Task": "tasks.table",
     "TaskDataModule": "data.supervised",
+    "export_adapter": "exchange",
+    "import_adapter": "exchange",
     "load": "loading",
 }
 
