@@ -141,6 +141,8 @@ def _table(report: dict[str, Any], metrics: tuple[str, ...]) -> Table:
         f"{report['trained_parameters']:,}, of them {report['head_parameters']:,} in the head",
     )
     table.add_row("frozen parameters", f"{report['backbone_parameters']:,}")
+    if "adapters" in report:
+        table.add_row("adapters", f"{report['adapters']['kind']}, {len(report['adapters']['sites'])} places")
     if report["kept_share"] < 1:
         table.add_row(
             "kept share",
