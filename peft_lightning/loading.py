@@ -47,7 +47,7 @@ def load(path: str | Path, *, backbone: Any = None) -> Any:
     if backbone is not None:
         values["backbone"] = backbone
     try:
-        module = method_class(str(manifest["class"]))(**values)
+        module = method_class(manifest["class"])(**values)
     except TypeError as error:
         raise CheckpointError(f"{path}: its hyper-parameters do not fit the method ({error})") from None
     module.on_load_checkpoint(content)

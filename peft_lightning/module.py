@@ -149,11 +149,13 @@ class MethodModule(L.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Give the loader its position back.
+        """Train in training mode, also what ``load`` gave in evaluation mode, and give the loader its position back.
 
         Lightning restores it while it makes the loader, but the optimiser needs to know the number of steps, so the
         loader is made before the loops are restored.
         """
+        if not self.training:  # Lightning keeps the mode that it finds
+            self.train()
         self.trainer.fit_loop._load_combined_loader_states()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

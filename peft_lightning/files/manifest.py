@@ -58,6 +58,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
             f"{path}: format {manifest.get('format')} is not the format {FORMAT} that is read here; "
             "use the version of peft_lightning that wrote it, or train again"
         )
+    for key, kind in (("class", str), ("hyper_parameters", dict)):
+        if not isinstance(manifest.get(key), kind):
+            raise CheckpointError(f"{path}: damaged (its manifest has no {key})")
     return content
 
 

@@ -111,6 +111,10 @@ def test_loading_is_strict_both_ways(method: type[MethodModule], tmp_path: Path)
         load(broken(lambda c: c[MANIFEST_KEY]["backbone"].update(weights="0")))
     with pytest.raises(CheckpointError, match="names the method 'os.System'"):
         load(broken(lambda c: c[MANIFEST_KEY].update({"class": "os.System"})))
+    with pytest.raises(CheckpointError, match="its manifest has no class"):
+        load(broken(lambda c: c[MANIFEST_KEY].pop("class")))
+    with pytest.raises(CheckpointError, match="its manifest has no hyper_parameters"):
+        load(broken(lambda c: c[MANIFEST_KEY].pop("hyper_parameters")))
     with pytest.raises(CheckpointError, match="hyper-parameters do not fit"):
         load(broken(lambda c: c[MANIFEST_KEY]["hyper_parameters"].update(ghost=1)))
 
@@ -222,3 +226,11 @@ def fixed_batches(rows: list[dict[str, Any]], size: int, sized: bool) -> DataLoa
         inputs = tokenizer([row["text"] for row in chunk], padding=True, return_tensors="pt")
         batches.append({"inputs": dict(inputs), "labels": torch.tensor([row["label"] for row in chunk])})
     return DataLoader(batches if sized else Stream(batches), batch_size=None)  # type: ignore[arg-type]
+
+
+def test_a_loaded_module_trains_in_training_mode(method: type[MethodModule], tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=3).fit(build(method), datamodule=data())
+    loaded = load(tmp_path / "last.ckpt")
+    assert not loaded.training
+    trainer(max_steps=1).fit(loaded, datamodule=data())
+    assert loaded.training and loaded.head.dropout.training

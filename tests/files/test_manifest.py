@@ -13,17 +13,19 @@ import torch
 from peft_lightning.errors import CheckpointError
 from peft_lightning.files.manifest import FORMAT, MANIFEST_KEY, read_file, write_adapter
 
+SELF = {"format": FORMAT, "class": "some.Method", "hyper_parameters": {}}
+
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.mask": torch.tensor([[True, False]])}
 
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    write_adapter(tmp_path / "adapter", TENSORS, {"format": FORMAT, "class": "x"})
+    write_adapter(tmp_path / "adapter", TENSORS, {**SELF, "class": "x"})
     return tmp_path / "adapter"
 
 
 def checkpoint(path: Path, **content: Any) -> Path:
-    torch.save({"state_dict": TENSORS, MANIFEST_KEY: {"format": FORMAT}, **content}, path)
+    torch.save({"state_dict": TENSORS, MANIFEST_KEY: SELF, **content}, path)
     return path
 
 

@@ -19,6 +19,8 @@ from peft_lightning.errors import CheckpointError
 from peft_lightning.files.manifest import FORMAT, read_file, write_adapter
 from peft_lightning.files.packed import pack, unpack
 
+SELF = {"format": FORMAT, "class": "some.Method", "hyper_parameters": {}}
+
 
 def houlsby(
     layers: int, width: int, inner: int, sparsity: float, dtype: torch.dtype = torch.float32
@@ -164,18 +166,18 @@ LIES: dict[str, tuple[Any, str]] = {
 def test_a_lying_file_is_refused(lie: str, tmp_path: Path) -> None:
     change, message = LIES[lie]
     payload = lying(change)
-    write_adapter(tmp_path, STATE, {"format": FORMAT})
+    write_adapter(tmp_path, STATE, SELF)
     (tmp_path / "adapter.safetensors").write_bytes(payload)
     with pytest.raises(CheckpointError, match="SHA-256"):
         read_file(tmp_path)
-    described = {"format": FORMAT, "sha256": hashlib.sha256(payload).hexdigest()}
+    described = {**SELF, "sha256": hashlib.sha256(payload).hexdigest()}
     (tmp_path / "manifest.json").write_text(json.dumps(described))
     with pytest.raises(CheckpointError, match=f"damaged or incomplete adapter.*({message})"):
         read_file(tmp_path)
 
 
 def test_any_flipped_byte_is_noticed(tmp_path: Path) -> None:
-    write_adapter(tmp_path, STATE, {"format": FORMAT})
+    write_adapter(tmp_path, STATE, SELF)
     whole = (tmp_path / "adapter.safetensors").read_bytes()
     for position in range(0, len(whole), 7):
         damaged = bytearray(whole)

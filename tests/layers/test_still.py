@@ -27,10 +27,10 @@ def test_all_is_fp32_still_and_plain_inside_and_as_before_outside() -> None:
         assert not any(part.training for part in parts.modules())
         assert {p.dtype for p in parts.parameters()} == {torch.float32}
         assert not torch.is_autocast_enabled("cpu")
-        assert parts[2]._compiled_call_impl is None
+        plain = parts[2]._compiled_call_impl is None
         with torch.no_grad():
             parts[2].weight.zero_()
-    assert [part.training for part in parts.modules()] == modes
+    assert plain and [part.training for part in parts.modules()] == modes
     assert parts[2]._compiled_call_impl is not None
     for name, tensor in parts.state_dict().items():
         assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
@@ -39,6 +39,7 @@ def test_all_is_fp32_still_and_plain_inside_and_as_before_outside() -> None:
 def test_also_after_an_error() -> None:
     parts = model()
     before = parts[2].weight.detach().clone()
+
     def fail() -> None:
         with held_still(parts):
             parts[2].weight.data.zero_()
