@@ -10,23 +10,18 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
-import lightning as L
-import torch
 from rich.console import Console
 
 from benchmarks.mrpc_table import write_tables
-from benchmarks.shared import ROOT, backbone, clean_environment, data_folder, file_digests
-from peft_lightning import FineTuneModule, OptimConfig, PruneConfig, SparseAdapterModule, TaskDataModule
+from benchmarks.runs import Run, Trial, run_missing
+from benchmarks.shared import ROOT, backbone, clean_environment
+from peft_lightning import FineTuneModule, OptimConfig, PruneConfig, SparseAdapterModule
 from peft_lightning.errors import PeftLightningError
-from peft_lightning.study.memory import peak_bytes, reset_peak
-from peft_lightning.study.records import RunRecord, read_record, write_record
 
 __all__ = ["ARMS", "Arm", "main"]
 
@@ -68,101 +63,23 @@ ARMS = (
 )
 
 
-class _Recorder(L.Callback):
-    """Keeps what a run shows: losses, validation metrics by epoch, and the seconds of each step."""
-
-    def __init__(self) -> None:
-        self.series: dict[str, list[float]] = {}
-        self.steps: list[float] = []
-        self._losses: list[float] = []
-        self._started = 0.0
-
-    def on_train_batch_start(self, *arguments: Any) -> None:
-        """Start the clock of a step."""
-        self._started = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *rest: Any) -> None:
-        """Stop it, and keep the loss."""
-        self.steps.append(time.perf_counter() - self._started)
-        self._losses.append(float(outputs["loss"]))
-
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Keep the metrics of an epoch."""
-        if trainer.sanity_checking:
-            return
-        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name[:4] == "val/"}
-        for name, value in (values | {"train/loss": fmean(self._losses)}).items():
-            self.series.setdefault(name, []).append(value)
-        self._losses = []
+def _runs(tiny: bool) -> list[Run]:
+    """Seed by seed over all arms, so that an early stop leaves whole seeds."""
+    turns = [(seed, arm) for seed in (0, 1, 2) for arm in ARMS if seed in arm.seeds[: 2 if tiny else None]]
+    return [_run(arm, seed, tiny) for seed, arm in turns]
 
 
-def _run(arm: Arm, seed: int, settings: dict[str, Any], environment: dict[str, Any]) -> RunRecord:
-    """Train one arm with one seed and return its record."""
-    tiny = settings["tiny"]
-    module = arm.module(seed, tiny)
-    root = None if tiny else data_folder()
-    data = TaskDataModule(
-        task=module.task,
-        root=None if root is None else str(root),
-        batch_size=settings["batch_size"],
-        seed=seed,
-    )
-    recorder = _Recorder()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=settings["epochs"],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[recorder],
-    )
-    reset_peak()
-    started = time.perf_counter()
-    trainer.fit(module, datamodule=data)
-    seconds = time.perf_counter() - started
-    labels = data.labels("validation")
-    last = {name.removeprefix("val/"): values[-1] for name, values in recorder.series.items()}
-    counts = {name: value for name, value in module.summary().items() if isinstance(value, int | float)}
-    majority = float(torch.bincount(labels.long()).max()) / len(labels)
-    weights = module.backbone_config.name
-    return RunRecord(
+def _run(arm: Arm, seed: int, tiny: bool) -> Run:
+    trial = Trial(epochs=1 if tiny else arm.epochs)
+    chosen = {"seed": seed, "epochs": trial.epochs, "batch_size": trial.batch_size, "tiny": tiny}
+    return Run(
         name=f"{arm.name}-seed{seed}",
-        status="finished",
-        config={"run": settings, "module": _portable(dict(module.hparams))},
-        data={
-            "task": module.task.name,
-            "train_rows": len(data.labels("train")),
-            "validation_rows": len(labels),
-            "files": {} if root is None else file_digests(root / module.task.folder, "*"),
-        },
-        model=module.backbone_fingerprint
-        | {"files": {} if weights is None else file_digests(Path(weights), "*.safetensors")},
-        seeds={"module": seed, "data": seed},
-        environment=environment,
-        results=last
-        | counts
-        | {"majority": majority, "seconds_per_step": median(recorder.steps), "steps": len(recorder.steps)},
-        series=recorder.series,
-        memory_bytes=peak_bytes(),
-        seconds=seconds,
+        settings=arm.settings() | chosen,
+        seed=seed,
+        build=lambda: arm.module(seed, tiny),
+        trial=trial,
+        toy=tiny,
     )
-
-
-def _portable(options: dict[str, Any]) -> dict[str, Any]:
-    """Return a module's options with the encoder's folder cut to its last two names."""
-    encoder = dict(options["backbone"])
-    if encoder["name"] is not None:
-        encoder["name"] = "/".join(Path(encoder["name"]).parts[-2:])
-    return options | {"backbone": encoder}
-
-
-def _finished(path: Path, settings: dict[str, Any]) -> bool:
-    """Tell whether a run with exactly these settings is on record."""
-    if not path.is_file():
-        return False
-    return read_record(path).config.get("run") == settings
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -176,17 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder: Path = options.out or default
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     environment = clean_environment(options.allow_dirty or options.tiny)
-    turns = [(seed, arm) for seed in (0, 1, 2) for arm in ARMS if seed in arm.seeds[: 2 if options.tiny else None]]
-    for seed, arm in turns:
-        epochs = 1 if options.tiny else arm.epochs
-        settings = arm.settings() | {"seed": seed, "epochs": epochs, "batch_size": 32, "tiny": options.tiny}
-        path = folder / f"{arm.name}-seed{seed}.json"
-        if _finished(path, settings):
-            _CONSOLE.print(f"{path.stem}: on record")
-            continue
-        record = _run(arm, seed, settings, environment)
-        write_record(path, record)
-        _CONSOLE.print(f"{path.stem}: accuracy {record.results['accuracy']:.3f} in {record.seconds:.0f} s")
+    run_missing(_runs(options.tiny), folder, environment, _CONSOLE)
     _CONSOLE.print(write_tables(folder, [arm.name for arm in ARMS], () if options.tiny else ("README", "RESULTS")))
 
 

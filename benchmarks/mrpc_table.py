@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from benchmarks.describe import context, difference, values, warning
 from benchmarks.shared import ROOT
 from peft_lightning.errors import DataError
 from peft_lightning.study.records import RunRecord, read_record
-from peft_lightning.study.statistics import mean_interval, paired_interval
+from peft_lightning.study.statistics import mean_interval
 from peft_lightning.study.tables import markdown_table, write_generated
 
 __all__ = ["mrpc_table", "write_tables"]
@@ -20,7 +21,6 @@ _TITLES = {
     "houlsby32": "Houlsby adapters, dense, backbone in float32",
     "snip40": "SparseAdapter, 40 % removed by SNIP, backbone in bfloat16",
 }
-_MARGIN = 0.05
 _PLACES = {"README": ROOT / "README.md", "RESULTS": ROOT / "benchmarks" / "RESULTS.md"}
 
 
@@ -43,63 +43,27 @@ def mrpc_table(records: Mapping[str, Sequence[RunRecord]]) -> str:
     majority = every[0].results["majority"]
     empty = dict.fromkeys(rows[0], "")
     rows.append(empty | {"arm": "majority class", "accuracy": f"{majority:.3f}", "trained parameters": "0"})
-    return f"{markdown_table(rows)}\n\n{_context(every)}{_warning(records, majority)}"
+    dense = [
+        (_TITLES[name], fmean(values(records[name], "accuracy")), majority)
+        for name in ("full", "houlsby", "houlsby32")
+        if records.get(name)
+    ]
+    under = context(every, "A step's seconds are the median over a run.")
+    return f"{markdown_table(rows)}\n\n{under}{warning(dense)}"
 
 
 def _row(name: str, found: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> dict[str, str]:
     first = found[0].results
     head = int(first["head_parameters"])
-    step, full_step = fmean(_values(found, "seconds_per_step")), _values(baseline, "seconds_per_step")
+    step, full_step = fmean(values(found, "seconds_per_step")), values(baseline, "seconds_per_step")
     return {
         "arm": _TITLES.get(name, name),
         "seeds": str(len(found)),
-        "accuracy": str(mean_interval(_values(found, "accuracy"))),
-        "F1": str(mean_interval(_values(found, "f1"))),
-        "accuracy over full": "" if name == "full" else _difference(found, baseline),
+        "accuracy": str(mean_interval(values(found, "accuracy"))),
+        "F1": str(mean_interval(values(found, "f1"))),
+        "accuracy over full": "" if name == "full" else difference(found, baseline, "accuracy"),
         "trained parameters": f"{int(first['trained_parameters']) - head:,} + head {head:,}",
         "kept share": f"{first['kept_share']:.1%}",
         "s per step": f"{step:.3f}",
         "step over full": f"{step / fmean(full_step):.2f}" if full_step else "",
     }
-
-
-def _values(found: Sequence[RunRecord], key: str) -> list[float]:
-    return [record.results[key] for record in found]
-
-
-def _difference(found: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> str:
-    """Return the mean difference of accuracy over the seeds that both arms have."""
-    full = {record.seeds["module"]: record for record in baseline}
-    both = [record for record in found if record.seeds["module"] in full]
-    partners = [full[record.seeds["module"]] for record in both]
-    return paired_interval(_values(both, "accuracy"), _values(partners, "accuracy")).format() if both else ""
-
-
-def _context(every: Sequence[RunRecord]) -> str:
-    first = every[0]
-    commits = sorted(
-        {str(r.environment["commit"])[:12] + (" with changes" if r.environment["dirty"] else "") for r in every}
-    )
-    device = first.environment["device"]
-    versions = first.environment["versions"]
-    seeds = ", ".join(str(seed) for seed in sorted({r.seeds["module"] for r in every}))
-    kind = first.model["model_type"].upper()
-    shape = f"{first.model['num_hidden_layers']} layers of width {first.model['hidden_size']}"
-    return (
-        f"Task {first.data['task']}: {first.data['train_rows']:,} rows to train and "
-        f"{first.data['validation_rows']:,} to validate. {kind} encoder, {shape}. "
-        f"Seeds {seeds}: the mean and half the width of its 95 % t interval; differences are paired by seed. "
-        f"Metrics are those after the last epoch. A step's seconds are the median over a run. "
-        f"{device['name']}, {device['threads']} threads; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}; commit {', '.join(commits)}."
-    )
-
-
-def _warning(records: Mapping[str, Sequence[RunRecord]], majority: float) -> str:
-    """Say so where a dense arm does not beat the majority class clearly: then nothing here is a result."""
-    weak = [
-        _TITLES.get(name, name)
-        for name in ("full", "houlsby", "houlsby32")
-        if records.get(name) and fmean(_values(records[name], "accuracy")) < majority + _MARGIN
-    ]
-    return f"\n\n**Failed setup:** less than 5 points over the majority class: {', '.join(weak)}." if weak else ""

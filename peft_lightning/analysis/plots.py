@@ -1,14 +1,45 @@
-"""Pictures of what a method decided."""
+"""Pictures of what a method decided, and of what several runs gave."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft_lightning.atomic import atomic_write
+from peft_lightning.errors import UsageError
 
-__all__ = ["draw_shares"]
+__all__ = ["Curve", "draw_curves", "draw_shares", "draw_sweep"]
+
+# Tol's bright scheme, which colour-blind readers can tell apart.
+_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Points of several runs: a mean and what lies around it.
+
+    Attributes:
+        x: where the points are.
+        mean: their heights, as many.
+        low: the lower end at each, as many.
+        high: the upper end at each, as many.
+
+    Raises:
+        UsageError: if the numbers of points differ.
+    """
+
+    x: Sequence[float]
+    mean: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+    def __post_init__(self) -> None:
+        counts = {name: len(getattr(self, name)) for name in ("x", "mean", "low", "high")}
+        if len(set(counts.values())) > 1:
+            raise UsageError(f"a curve has {counts} points: the numbers must be equal")
 
 
 def draw_shares(shares: Mapping[str, float], path: str | Path) -> None:
@@ -28,6 +59,79 @@ def draw_shares(shares: Mapping[str, float], path: str | Path) -> None:
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of weights kept")
     axes.set_title("what the adapters kept, matrix by matrix", fontsize=9)
+    _save(figure, path)
+
+
+def draw_curves(panels: Mapping[str, Mapping[str, Curve]], path: str | Path, *, across: str, title: str) -> None:
+    """Draw panels side by side, each with a line and a band for every curve; a label has one colour in all.
+
+    Args:
+        panels: name of a panel's vertical axis -> label -> curve.
+        path: the PNG to write.
+        across: name of the horizontal axis.
+        title: stands over the whole.
+
+    Raises:
+        UsageError: if there is no panel.
+    """
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise UsageError("panels is empty: a picture needs at least one")
+    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    figure = Figure(figsize=(4.8 * len(panels), 3.6), layout="constrained")
+    for axes, (name, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for label, curve in curves.items():
+            colour = _COLOURS[labels.index(label) % len(_COLOURS)]
+            axes.plot(curve.x, curve.mean, color=colour, label=label, linewidth=1.5)
+            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+        axes.set_xlabel(across)
+        axes.set_ylabel(name)
+        axes.legend(fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
+def draw_sweep(
+    sweep: Mapping[str, Curve], level: Mapping[str, Curve], path: str | Path, *, across: str, up: str, title: str
+) -> None:
+    """Draw points with error bars over a setting, and beside them what does not depend on it as a level line.
+
+    Args:
+        sweep: label -> curve; a curve of one point is a lone mark.
+        level: label -> curve of one point, drawn from side to side with its band.
+        path: the PNG to write.
+        across: name of the horizontal axis.
+        up: name of the vertical axis.
+        title: stands over the whole.
+
+    Raises:
+        UsageError: if a level has not one point.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for number, (label, curve) in enumerate(level.items()):
+        if len(curve.x) != 1:
+            raise UsageError(f"level {label!r} has {len(curve.x)} points: it must have one")
+        grey = ("#555555", "#999999")[number % 2]
+        axes.axhline(curve.mean[0], color=grey, linestyle="--", label=label)
+        axes.axhspan(curve.low[0], curve.high[0], color=grey, alpha=0.12, linewidth=0)
+    for number, (label, curve) in enumerate(sweep.items()):
+        below = [mean - low for mean, low in zip(curve.mean, curve.low, strict=True)]
+        above = [high - mean for mean, high in zip(curve.mean, curve.high, strict=True)]
+        style: dict[str, Any] = {"color": _COLOURS[number % len(_COLOURS)], "capsize": 3, "label": label}
+        marker = "o-" if len(curve.x) > 1 else "D"
+        axes.errorbar(curve.x, curve.mean, yerr=[below, above], fmt=marker, **style)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.legend(fontsize=8)
+    axes.set_title(title, fontsize=9)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str | Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     atomic_write(path, lambda file: file.write(picture.getvalue()))
