@@ -4,7 +4,7 @@ BIN := .venv/bin
 TEST_ARGS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup encoder demo test lint bench-mrpc bench-speed clean
+.PHONY: help setup encoder demo test lint bench-mrpc bench-sparse bench-speed clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ lint: .venv/.stamp  ## ruff and mypy
 
 bench-mrpc: encoder  ## accuracy on MRPC: 3 arms, 3 seeds; goes on where it stopped
 	@$(BIN)/python -m benchmarks.mrpc
+
+bench-sparse: encoder  ## SparseAdapter on MRPC: 11 arms, 3 seeds, tables and figures; goes on where it stopped
+	@$(BIN)/python -m benchmarks.sparse
 
 bench-speed: encoder  ## step times against full fine-tuning
 	@$(BIN)/python -m benchmarks.speed
