@@ -1,4 +1,4 @@
-"""Step times over full fine-tuning's, Lightning's loop over a bare one, and seconds from shell to first step.
+"""Step times and memory over full fine-tuning's, the cost of scores, Lightning's loop, and seconds to a first step.
 
 The arms take turns, one step each, in one process, so that what slows the machine down slows all of them.
 Texts are random tokens of full length: a step costs the same at every turn. The loops read real MRPC batches.
@@ -7,7 +7,6 @@ Texts are random tokens of full length: a step costs the same at every turn. The
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import sys
 import time
@@ -21,86 +20,28 @@ import lightning as L
 import torch
 from rich.console import Console
 
+from benchmarks.memory import memory_bytes, memory_names
+from benchmarks.scoring import score_seconds
 from benchmarks.shared import ROOT, backbone, clean_environment, data_folder
+from benchmarks.speed_arms import arms, batches, optimizer_of, sparse_module, step
 from benchmarks.speed_table import speed_table
 from benchmarks.startup import startup_seconds
-from peft_lightning import (
-    BackboneConfig,
-    FineTuneModule,
-    OptimConfig,
-    PruneConfig,
-    SparseAdapterModule,
-    TaskDataModule,
-)
+from peft_lightning import TaskDataModule
 from peft_lightning.errors import PeftLightningError
 from peft_lightning.study.records import RunRecord, write_record
 from peft_lightning.study.tables import write_generated
+from peft_lightning.task_module import TaskModule
 
 __all__ = ["main"]
 
 _CONSOLE = Console(highlight=False, soft_wrap=True)
-_ROWS, _TOKENS, _WARM = 32, 64, 3
-
-Module = FineTuneModule | SparseAdapterModule
+_WARM, _SCORED = 3, 10
 
 
-def _optimizer(module: Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(module.trainable_parameters().values(), lr=1e-5, fused=True)
-
-
-def _step(module: Module, optimizer: torch.optim.Optimizer, batch: Mapping[str, Any]) -> None:
-    """Forward, loss, backward, update."""
-    loss, weight = module.batch_loss(batch)
-    (loss / weight).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _adapter(task: str, encoder: BackboneConfig, sparsity: float) -> SparseAdapterModule:
-    """Return Houlsby adapters, dense or masked by magnitude (the score does not change a step's cost)."""
-    prune = PruneConfig(sparsity=sparsity, score="magnitude")
-    module = SparseAdapterModule(task=task, backbone=encoder, prune=prune)
-    module.configure_model()
-    if sparsity:
-        module.install_masks(())
-    return module
-
-
-def _modules(tiny: bool) -> dict[str, Module]:
-    """Return every arm, built; a peer is left out where its package is absent."""
-    task, encoder = "toy_pairs" if tiny else "mrpc", backbone(tiny)
-    full = FineTuneModule(task=task, backbone=encoder)
-    full.configure_model()
-    arms: dict[str, Module] = {
-        "full": full,
-        "houlsby": _adapter(task, encoder, 0.0),
-        "masks": _adapter(task, encoder, 0.4),
-        "bf16": _adapter(task, backbone(tiny, "bfloat16"), 0.0),
-    }
-    if importlib.util.find_spec("peft"):
-        from peft import LoraConfig, get_peft_model
-
-        peer = FineTuneModule(task=task, backbone=encoder)
-        peer.configure_model()
-        config = LoraConfig(r=8, target_modules=["query", "value"])
-        # PEFT freezes the encoder as it wraps it; the head trains, as it does in every arm.
-        peer.backbone = get_peft_model(peer.backbone, config)
-        arms["peft_lora"] = peer
-    return arms
-
-
-def _time_steps(modules: Mapping[str, Module], steps: int) -> dict[str, list[float]]:
+def _time_steps(modules: Mapping[str, TaskModule], steps: int) -> dict[str, list[float]]:
     """Return the seconds of ``steps`` steps of each arm, taken in turn after a few that are not counted."""
-    random = torch.Generator().manual_seed(0)
-    full: Any = modules["full"].backbone
-    ids = torch.randint(5, full.config.vocab_size, (_ROWS, _TOKENS), generator=random)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "token_type_ids": torch.zeros_like(ids),
-    }
-    batch = {"inputs": inputs, "labels": torch.randint(0, 2, (_ROWS,), generator=random)}
-    optimizers = {name: _optimizer(module) for name, module in modules.items()}
+    (batch,) = batches(modules["full"], 1)
+    optimizers = {name: optimizer_of(module) for name, module in modules.items()}
     seconds: dict[str, list[float]] = {name: [] for name in modules}
     names = list(modules)
     for turn in range(_WARM + steps):
@@ -108,7 +49,7 @@ def _time_steps(modules: Mapping[str, Module], steps: int) -> dict[str, list[flo
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             module = modules[name]
             started = time.perf_counter()
-            _step(module, optimizers[name], batch)
+            step(module, optimizers[name], batch)
             if turn >= _WARM:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
@@ -135,22 +76,21 @@ def _time_loops(tiny: bool, steps: int, rounds: int) -> dict[str, list[float]]:
 
     def data() -> TaskDataModule:
         name = encoder.tokenizer_name
-        return TaskDataModule(task=task, tokenizer=name, root=root, batch_size=_ROWS, seed=0)
+        return TaskDataModule(task=task, tokenizer=name, root=root, batch_size=32, seed=0)
 
     def bare() -> float:
-        module, source = _adapter(task, encoder, 0.0), data()
+        module, source = sparse_module(tiny), data()
+        module.configure_model()
         source.prepare_data()
         source.setup("fit")
-        optimizer = _optimizer(module)
+        optimizer = optimizer_of(module)
         started = time.perf_counter()
         for batch in islice(source.train_dataloader(), steps):
-            _step(module, optimizer, batch)
+            step(module, optimizer, batch)
         return time.perf_counter() - started
 
     def fit() -> float:
-        module = SparseAdapterModule(
-            task=task, backbone=encoder, prune=PruneConfig(sparsity=0.0), optim=OptimConfig(lr=1e-5)
-        )
+        module = sparse_module(tiny)
         clock = _Clock()
         trainer = L.Trainer(
             accelerator="cpu",
@@ -176,18 +116,30 @@ def _time_loops(tiny: bool, steps: int, rounds: int) -> dict[str, list[float]]:
 
 
 def _measure(tiny: bool, threads: int, environment: dict[str, Any]) -> RunRecord:
-    steps, rounds = (2, 1) if tiny else (20, 5)
+    steps, rounds, repeats = (2, 1, 1) if tiny else (20, 5, 3)
+    scored = 2 if tiny else _SCORED
     started = time.perf_counter()
-    modules = _modules(tiny)
-    identity = modules["full"].backbone_fingerprint
+    modules = {name: build() for name, build in arms(tiny).items()}
+    identity, (example,) = modules["full"].backbone_fingerprint, batches(modules["full"], 1)
     series = _time_steps(modules, steps)
     del modules
     series |= _time_loops(tiny, steps, rounds)
+    series |= score_seconds(tiny, scored, rounds)
+    for name in memory_names(tiny):
+        series[f"memory/{name}"] = memory_bytes(name, tiny, threads, repeats)
     series["startup"] = [] if tiny else startup_seconds(backbone(tiny), data_folder())
     return RunRecord(
         name="speed",
         status="finished",
-        config={"rows": _ROWS, "tokens": _TOKENS, "steps": steps, "rounds": rounds, "threads": threads},
+        config={
+            "rows": len(example["labels"]),
+            "tokens": example["inputs"]["input_ids"].shape[1],
+            "steps": steps,
+            "rounds": rounds,
+            "scored_batches": scored,
+            "memory_repeats": repeats,
+            "threads": threads,
+        },
         data={"steps": "random tokens", "loops": "toy_pairs" if tiny else "mrpc"},
         model=identity,
         seeds={"tokens": 0, "data": 0},

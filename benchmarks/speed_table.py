@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import median
 
 from peft_lightning.study.records import RunRecord
@@ -15,11 +16,32 @@ _LINES = (
     ("houlsby", "Houlsby adapters, dense", "full", 0.77),
     ("masks", "Houlsby adapters, 40 % masked, over dense", "houlsby", 1.02),
     ("bf16", "Houlsby adapters, frozen encoder in bfloat16", "full", 0.50),
+    ("pfeiffer", "Pfeiffer adapters, dense", "full", 0.71),
+    ("lora", "LoRA, rank 8 on query and value", "full", 0.76),
     ("peft_lora", "PEFT's LoRA, rank 8 on query and value (a peer)", "full", None),
+    ("lora", "LoRA over PEFT's", "peft_lora", 1.0),
+    ("parallel", "parallel adapters, dense", "full", None),
+    ("mam", "MAM, dense", "full", None),
+    ("passes", "forward and backward pass of the scored examples", "passes", None),
+    ("score_snip", "SNIP, scores and masks, over these passes", "passes", 1.2),
+    ("score_grasp", "GraSP, scores and masks, over these passes", "passes", 3.5),
     ("bare_loop", "bare loop over MRPC batches, a step with loading", "bare_loop", None),
     ("lightning_fit", "Lightning's fit over the same batches, over the bare loop", "bare_loop", 1.03),
 )
 _STARTUP_GOAL = 15
+_MEMORY = {
+    "full": "full fine-tuning",
+    "houlsby": "Houlsby adapters, dense",
+    "masks": "Houlsby adapters, 40 % masked",
+    "bf16": "Houlsby adapters, frozen encoder in bfloat16",
+    "pfeiffer": "Pfeiffer adapters, dense",
+    "parallel": "parallel adapters, dense",
+    "mam": "MAM, dense",
+    "lora": "LoRA, rank 8 on query and value",
+    "peft_lora": "PEFT's LoRA, rank 8 on query and value (a peer)",
+    "score_snip": "Houlsby adapters while SNIP scores them",
+    "score_grasp": "Houlsby adapters while GraSP scores them",
+}
 
 
 def _paired(record: RunRecord, name: str, reference: str) -> float:
@@ -28,11 +50,11 @@ def _paired(record: RunRecord, name: str, reference: str) -> float:
 
 
 def speed_table(record: RunRecord) -> str:
-    """Return the table of a record and the line under it."""
+    """Return the tables of a record, times and memory, and the line under them."""
     results = record.results
     rows = []
     for name, title, reference, goal in _LINES:
-        if name not in results:
+        if name not in results or reference not in results:
             continue
         rows.append(
             {
@@ -46,13 +68,37 @@ def speed_table(record: RunRecord) -> str:
         title = "from the shell to the end of a run of one step, warm cache"
         time = f"{1000 * results['startup']:.0f}"
         rows.append({"what": title, "milliseconds": time, "ratio": "", "goal": f"at most {_STARTUP_GOAL} s"})
+    tables = [markdown_table(rows), *([markdown_table(memory)] if (memory := _memory(results)) else [])]
+    return "\n\n".join([*tables, _context(record)])
+
+
+def _memory(results: Mapping[str, float]) -> list[dict[str, str]]:
+    full = results.get("memory/full")
+    return [
+        {
+            "peak memory": title,
+            "MiB": f"{results[f'memory/{name}'] / 2**20:.0f}",
+            "over full fine-tuning": f"{results[f'memory/{name}'] / full:.2f}",
+        }
+        for name, title in _MEMORY.items()
+        if full and f"memory/{name}" in results
+    ]
+
+
+def _context(record: RunRecord) -> str:
     environment, config = record.environment, record.config
     changes = " with changes" if environment["dirty"] else ""
+    scored = config.get("scored_batches", 0)
+    scores = f"Scores see {scored * config['rows']} examples in evaluation mode, in {config['rounds']} turns. "
+    memory = (
+        f"Memory: the resident set's peak over a few steps (or while scoring), less that of a process that has "
+        f"imported everything and built nothing; median of {config.get('memory_repeats')} processes of their own. "
+    )
     return (
-        f"{markdown_table(rows)}\n\n"
         f"Batches of {config['rows']} rows of {config['tokens']} tokens, float32 where nothing else is said. "
         f"Medians of {config['steps']} steps in turn, ratios turn by turn "
         f"(loops: of {config['rounds']} rounds of as many steps). "
+        f"{scores + memory if scored else ''}"
         f"{environment['device']['name']}, {config['threads']} threads; torch "
         f"{environment['versions']['torch']}; commit {str(environment['commit'])[:12]}{changes}."
     )
