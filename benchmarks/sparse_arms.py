@@ -62,9 +62,7 @@ class Suite:
             trial = Trial(epochs=1, steps=6, checks=min(3, self.trial.checks), batch_size=self.trial.batch_size)
         name = encoder or self.encoder
         model = backbone(tiny, self.dtype) if tiny or name is None else BackboneConfig(name=name, dtype=self.dtype)
-        return [
-            self._run(arm, task, seed, trial, model, tiny) for seed in seeds for task in tasks for arm in self.arms
-        ]
+        return [self._run(arm, task, seed, trial, model, tiny) for seed in seeds for task in tasks for arm in self.arms]
 
     def stem(self, task: str, arm: Arm, seed: int) -> str:
         """The name of a run's record."""
