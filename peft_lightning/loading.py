@@ -46,11 +46,12 @@ def load(path: str | Path, *, backbone: Any = None) -> Any:
     refuse_new_code(kind_of(values.get("task")), path)
     if backbone is not None:
         values["backbone"] = backbone
+    method = method_class(manifest["class"])
     try:
-        module = method_class(manifest["class"])(**values)
-    except TypeError as error:
+        module = method(**values)
+        module.on_load_checkpoint(content)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: its hyper-parameters do not fit the method ({error})") from None
-    module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"], strict=False)
     return module.eval()
 

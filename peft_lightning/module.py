@@ -47,6 +47,7 @@ class MethodModule(L.LightningModule, ABC):
         self.seed = seed
         self.strict_loading = False  # the frozen backbone is not in our files; check_tensors is strict on the rest
         self.backbone_fingerprint: dict[str, Any] = {}
+        self._recorded_fingerprint: Mapping[str, Any] | None = None
         self.run_config: dict[str, Any] = {}
         self._built = False
         self._totals: list[Tensor] = []
@@ -60,7 +61,7 @@ class MethodModule(L.LightningModule, ABC):
 
     @abstractmethod
     def build(self) -> None:
-        """Create the model. Called once, under the module's seed; sets ``backbone_fingerprint``."""
+        """Create the model. Called once, under the module's seed; calls :meth:`identify` on the bare backbone."""
 
     @abstractmethod
     def declared(self) -> Iterator[nn.Module]:
@@ -109,6 +110,16 @@ class MethodModule(L.LightningModule, ABC):
         # and must not while validation shards have uneven lengths.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self._built = True
+
+    def identify(self, fingerprint: dict[str, Any]) -> None:
+        """Say what the backbone is, before anything is attached to it.
+
+        Raises:
+            CheckpointError: if a checkpoint is being loaded that was made on another one; lists the difference.
+        """
+        self.backbone_fingerprint = fingerprint
+        if self._recorded_fingerprint is not None:
+            check_fingerprint(self._recorded_fingerprint, fingerprint, "checkpoint")
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter, of all that trains."""
@@ -256,8 +267,9 @@ class MethodModule(L.LightningModule, ABC):
             CheckpointError: lists the difference of the backbone.
             UsageError: names a setting that the file decides and that differs here.
         """
+        self._recorded_fingerprint = checkpoint.get(MANIFEST_KEY, {}).get("backbone") or {}
         self.configure_model()
+        self.identify(self.backbone_fingerprint)
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         recorded = checkpoint.get(MANIFEST_KEY, {}).get("hyper_parameters", {})
         check_settings(recorded, self.hparams, [key for key in self.fixed_by_file if fitting or key != "optim"])
-        check_fingerprint(checkpoint.get(MANIFEST_KEY, {}).get("backbone"), self.backbone_fingerprint, "checkpoint")

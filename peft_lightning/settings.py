@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from peft_lightning.checks import check_types
 from peft_lightning.errors import UsageError
 
 __all__ = ["OptimConfig", "as_config"]
@@ -40,6 +41,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
+        check_types(self, "optim")
         if not self.lr > 0:
             raise UsageError(f"optim.lr = {self.lr}: must be above 0")
         if self.weight_decay < 0:

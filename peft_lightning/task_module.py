@@ -21,7 +21,7 @@ from peft_lightning.backbones.build import (
     fingerprint,
     load_tokenizer,
 )
-from peft_lightning.backbones.families import FAMILIES
+from peft_lightning.backbones.families import pooling
 from peft_lightning.errors import UsageError
 from peft_lightning.module import MethodModule
 from peft_lightning.settings import OptimConfig
@@ -40,7 +40,7 @@ class TaskModule(MethodModule):
         task: name of a row of the task table, or a row.
         backbone: which encoder; a string is a folder or hub name.
         optim: the optimiser's settings.
-        head: ``dense`` (dense-tanh-linear on the first token) or ``linear``.
+        head: ``dense`` (dense-tanh-linear on the text's token) or ``linear``.
         head_dropout: dropout in the head.
         class_weights: one weight per class in the loss, or none.
         max_length: tokens at most in :meth:`predict`.
@@ -99,11 +99,10 @@ class TaskModule(MethodModule):
     def build(self) -> None:
         """Backbone, head, then whatever the method attaches."""
         self.backbone = build_backbone(self.backbone_config)
-        self.backbone_fingerprint = fingerprint(self.backbone)
+        self.identify(fingerprint(self.backbone))
         # a tokenizer may give what an architecture has no use for, such as token types
         self._input_names = set(inspect.signature(type(self.backbone).forward).parameters)
-        family = FAMILIES.get(cast(Any, self.backbone.config).model_type)
-        self._pooling = family.pooling if family else "first"
+        self._pooling = pooling(self.backbone.config)
         width = cast(Any, self.backbone.config).hidden_size
         self.head = self.kind.head(width, self.head_style, self.head_dropout)
         self.attach()

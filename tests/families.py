@@ -52,6 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qwen2": _LLAMA,
     "qwen3": {**_LLAMA, "head_dim": 8},
 }
+DECODERS = {"bart", "llama", "qwen2", "qwen3"}
 CELLS = [(family, kind) for family in FAMILIES for kind in KINDS if refusal(family, kind) is None]
 REFUSED = [(family, kind) for family in FAMILIES for kind in KINDS if refusal(family, kind) is not None]
 

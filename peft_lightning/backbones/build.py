@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_lightning.checks import check_types
 from peft_lightning.errors import UsageError
 
 __all__ = ["BackboneConfig", "as_backbone_config", "build_backbone", "fingerprint", "load_tokenizer"]
@@ -51,6 +52,7 @@ class BackboneConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self, "backbone")
         if (self.name is None) == (self.config is None):
             raise UsageError("backbone: give either name (a folder or hub name) or config (random weights)")
         if self.dtype not in DTYPES:
@@ -165,12 +167,9 @@ def fingerprint(backbone: nn.Module) -> dict[str, Any]:
         sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
         digest.update(sample.view(torch.int16).numpy().tobytes())
     keys = (
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
+        *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+        *("num_key_value_heads", "head_dim", "embedding_size", "encoder_ffn_dim"),
+        *("decoder_layers", "decoder_ffn_dim", "decoder_attention_heads"),
     )
     shape = {key: getattr(config, key) for key in keys if hasattr(config, key)}
     return {**shape, "weights": digest.hexdigest()}

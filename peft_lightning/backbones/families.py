@@ -11,7 +11,7 @@ from typing import Any
 
 from peft_lightning.errors import UsageError
 
-__all__ = ["FAMILIES", "Family", "Place", "family_of"]
+__all__ = ["FAMILIES", "Family", "Place", "family_of", "pooling"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class Family:
         linears: the linear maps of a layer.
         query_value: those of them that project to queries and to values.
         prefixes: the attention module that takes prefixes, or None.
-        pooling: the token that stands for a text: first, or last (attention that only looks back).
     """
 
     stacks: tuple[tuple[str, str], ...]
@@ -54,7 +53,6 @@ class Family:
     linears: tuple[str, ...]
     query_value: tuple[str, str]
     prefixes: str | None = None
-    pooling: str = "first"
 
     def layers(self, config: Any) -> Iterator[str]:
         """Paths of all transformer layers, in order."""
@@ -92,7 +90,6 @@ _BART = Family(
     parallel=Place("fc2", "fc1", "beside_remembered", "fc2"),
     linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
     query_value=("self_attn.q_proj", "self_attn.v_proj"),
-    pooling="last",
 )
 _LLAMA = Family(
     stacks=(("layers.{i}", "num_hidden_layers"),),
@@ -109,7 +106,6 @@ _LLAMA = Family(
         "mlp.down_proj",
     ),
     query_value=("self_attn.q_proj", "self_attn.v_proj"),
-    pooling="last",
 )
 
 FAMILIES: dict[str, Family] = {
@@ -135,3 +131,17 @@ def family_of(model_type: str) -> Family:
             f"backbone of type {model_type!r}: adapters know where to attach in {', '.join(FAMILIES)} only"
         )
     return FAMILIES[model_type]
+
+
+def pooling(config: Any) -> str:
+    """The token that stands for a text: ``first``, or ``last`` where attention only looks back or a decoder answers."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
+        return "last"
+    kind = config.model_type
+    only_back = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "last" if only_back else "first"

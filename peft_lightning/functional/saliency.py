@@ -24,7 +24,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["grasp", "magnitude", "random_scores", "snip"]
+__all__ = ["fill_zeros_", "grasp", "magnitude", "random_scores", "snip"]
 
 
 def random_scores(weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -77,3 +77,18 @@ def grasp(weight: Tensor, hessian_gradient: Tensor) -> Tensor:
         fp32 scores of the same shape, of either sign.
     """
     return weight.detach().float() * hessian_gradient.detach().float()
+
+
+@torch.no_grad()
+def fill_zeros_(weights: Mapping[str, Tensor], std: float, seed: int) -> None:
+    """Give tensors that are all zero, such as LoRA's B, values that can be scored; the others stay as they are.
+
+    Args:
+        weights: name -> tensor, changed in place.
+        std: standard deviation of the values, drawn on the CPU from a normal distribution.
+        seed: of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for weight in weights.values():
+        if not weight.any():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * std)

@@ -132,15 +132,15 @@ def _check_scores(flat: Mapping[str, Tensor]) -> None:
     if any(unsound.values()):
         raise DegenerateScoreError(
             "; ".join(f"{name}: {count} of {flat[name].numel()} scores" for name, count in unsound.items() if count)
-            + " are not finite; lower the learning rate of what came before, score with the backbone in float32, or "
+            + " are not finite; look at adapter.scaling, adapter.init_std, the data and (in a warm-up) optim.lr, or "
             "use prune.score = magnitude or random"
         )
     equal = [name for name, z_N in flat.items() if z_N.numel() > 1 and bool((z_N == z_N[0]).all())]
     if equal:
         raise DegenerateScoreError(
             "; ".join(f"{name}: all {flat[name].numel()} scores equal {flat[name][0].item():g}" for name in equal)
-            + ", so they rank nothing (a tensor that starts at zero, such as LoRA's B, does this to itself and to "
-            "its partner); use prune.score_init = surrogate or warmup, or prune.score = random"
+            + ", so they rank nothing: a tensor starts at zero, as LoRA's B does, or no gradient reaches it, as behind "
+            "dead units; use prune.score_init = surrogate or warmup, another seed, or prune.score = random"
         )
 
 
@@ -155,6 +155,6 @@ def _check_none_empty(counts: Mapping[str, int]) -> None:
     empty = [name for name, count in counts.items() if not count]
     if empty:
         raise DegenerateScoreError(
-            f"{', '.join(empty)}: no weight of it would stay; lower prune.sparsity, rank per tensor "
-            "(prune.scope = tensor), or use another prune.score"
+            f"{', '.join(empty)}: no weight of it would stay; lower prune.sparsity or prune.multiplier, rank per "
+            "tensor (prune.scope = tensor), or use another prune.score"
         )

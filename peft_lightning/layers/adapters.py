@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from peft_lightning.backbones.families import FAMILIES, Family, Place, family_of
+from peft_lightning.checks import check_types
 from peft_lightning.errors import UsageError
 from peft_lightning.layers.bottleneck import NONLINEARITIES, Bottleneck
 from peft_lightning.layers.inject import add_child, select_sites
@@ -53,6 +54,7 @@ class AdapterConfig:
     name: str = "sparse"
 
     def __post_init__(self) -> None:
+        check_types(self, "adapter")
         if self.kind not in KINDS:
             raise UsageError(f"adapter.kind = {self.kind!r}: must be one of {', '.join(KINDS)}")
         if self.bottleneck < 1:
@@ -61,8 +63,8 @@ class AdapterConfig:
             raise UsageError(
                 f"adapter.nonlinearity = {self.nonlinearity!r}: must be one of {', '.join(NONLINEARITIES)}"
             )
-        if not self.init_std >= 0:
-            raise UsageError(f"adapter.init_std = {self.init_std}: must be at least 0")
+        if not self.init_std > 0:  # from zero, a matrix and its partner never get a gradient
+            raise UsageError(f"adapter.init_std = {self.init_std}: must be above 0")
 
     @property
     def factor(self) -> float:
@@ -71,9 +73,7 @@ class AdapterConfig:
 
 
 def refusal(model_type: str, kind: str) -> str | None:
-    """Why a kind of adapter cannot be attached to an architecture, or None where it can."""
-    if model_type not in FAMILIES:
-        return f"adapters know where to attach in {', '.join(FAMILIES)} only"
+    """Why a kind of adapter cannot be attached to an architecture of the table, or None where it can."""
     if kind == "mam" and FAMILIES[model_type].prefixes is None:
         able = [name for name, family in FAMILIES.items() if family.prefixes]
         return f"prefixes enter the attention of {' and '.join(able)} only"
@@ -98,9 +98,9 @@ def attach_adapters(
         UsageError: if the architecture does not take this kind, or the target or the name is wrong.
     """
     hf_config: Any = backbone.config
+    family = family_of(hf_config.model_type)
     if (reason := refusal(hf_config.model_type, config.kind)) is not None:
         raise UsageError(f"adapter.kind = {config.kind!r} on a backbone of type {hf_config.model_type!r}: {reason}")
-    family = family_of(hf_config.model_type)
     sites = [
         (f"{layer}.{place.owner}".rstrip("."), layer, place)
         for layer in family.layers(hf_config)
@@ -155,5 +155,7 @@ def _hook(backbone: nn.Module, layer: str, place: Place, adapter: nn.Module) -> 
     elif isinstance(adapter, Bottleneck) and place.last:
         first.register_forward_pre_hook(adapter.remember)
         backbone.get_submodule(f"{layer}.{place.last}").register_forward_hook(adapter.beside_remembered)
+    elif place.how == "around_norm" and first._forward_hooks:
+        raise UsageError(f"adapter.kind = {'pfeiffer'!r}: {layer} has one already, and two do not compose")
     else:
         first.register_forward_hook(getattr(adapter, place.how))

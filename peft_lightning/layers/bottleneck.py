@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lightning.errors import UsageError
 from peft_lightning.layers.masked import MaskedLinear
 
 __all__ = ["NONLINEARITIES", "Bottleneck"]
@@ -46,9 +45,6 @@ class Bottleneck(nn.Module):
         scaling: c, the factor of the adapter's output.
         init_std: standard deviation of both matrices at initialisation.
         masked: whether both matrices carry masks.
-
-    Raises:
-        UsageError: if a value is not allowed.
     """
 
     def __init__(
@@ -62,10 +58,6 @@ class Bottleneck(nn.Module):
         masked: bool = False,
     ) -> None:
         super().__init__()
-        if bottleneck < 1:
-            raise UsageError(f"adapter.bottleneck = {bottleneck}: must be at least 1")
-        if nonlinearity not in NONLINEARITIES:
-            raise UsageError(f"adapter.nonlinearity = {nonlinearity!r}: must be one of {', '.join(NONLINEARITIES)}")
         self.scaling = scaling
         self.adapter_down = nn.Sequential(
             MaskedLinear(width, bottleneck, masked=masked, inner=True), NONLINEARITIES[nonlinearity]()

@@ -1,4 +1,4 @@
-"""The classification head on the first token.
+"""The classification head on the token that stands for a text, the first of what it is given.
 
 ``dense`` is the head of BERT's fine-tuning (https://arxiv.org/abs/1810.04805) and of RoBERTa:
 ``out(drop(tanh(dense(drop(h_0)))))``; ``linear`` is ``out(drop(h_0))``. The weights come from N(0, 0.02), as

@@ -40,17 +40,17 @@ def add_child(backbone: nn.Module, site: str, group: str, name: str, adapter: nn
         backbone: the model to change in place.
         site: path of the submodule that gets the child.
         group: name of the ``ModuleDict`` there.
-        name: the adapter's name in it, an identifier; must be new.
+        name: the adapter's name in it, without a dot; must be new.
         adapter: the new module.
 
     Returns:
         The adapter's path inside the backbone.
 
     Raises:
-        UsageError: if the name is not an identifier or is taken.
+        UsageError: if the name cannot be a submodule's or is taken.
     """
-    if not name.isidentifier():
-        raise UsageError(f"adapter.name = {name!r}: must be an identifier (letters, digits, underscores)")
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise UsageError(f"adapter.name = {name!r}: must hold no dot and be no attribute of a torch module")
     owner = backbone.get_submodule(site)
     if not hasattr(owner, group):
         setattr(owner, group, nn.ModuleDict())

@@ -43,6 +43,11 @@ class Prefix(Masked):
         nn.init.normal_(self.prefix_value, std=init_std)
         self.add_masks(masked)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled in another process, attention must know its function there too."""
+        super().__setstate__(state)
+        _register()
+
     def prunable_names(self) -> tuple[str, ...]:
         """Both matrices."""
         return ("prefix_key", "prefix_value")
@@ -61,11 +66,8 @@ def enable_prefixes(backbone: nn.Module) -> None:
     """Make a backbone's attention look for prefixes in its modules.
 
     Raises:
-        UsageError: if the backbone computes attention otherwise than by ``sdpa``.
+        UsageError: if the backbone computes attention otherwise than by ``sdpa``, or looks back only.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     config: Any = backbone.config
     if config._attn_implementation == _NAME:
         return
@@ -73,9 +75,18 @@ def enable_prefixes(backbone: nn.Module) -> None:
         raise UsageError(
             f"backbone.attention = {config._attn_implementation!r}: prefixes (adapter.kind = mam) need sdpa"
         )
+    if config.is_decoder:  # without a mask, which key a query may see is counted from the first key
+        raise UsageError("backbone.config.is_decoder = True: prefixes (adapter.kind = mam) need attention both ways")
+    _register()
+    config._attn_implementation = _NAME
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
-    config._attn_implementation = _NAME
 
 
 def _attention(

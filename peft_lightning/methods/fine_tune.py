@@ -22,7 +22,7 @@ class FineTuneModule(TaskModule):
         task: name of a row of the task table, or a row.
         backbone: which encoder; a string is a folder or hub name.
         optim: the optimiser's settings.
-        head: ``dense`` (dense-tanh-linear on the first token) or ``linear``.
+        head: ``dense`` (dense-tanh-linear on the text's token) or ``linear``.
         head_dropout: dropout in the head.
         class_weights: one weight per class in the loss.
         max_length: tokens at most in ``predict``.

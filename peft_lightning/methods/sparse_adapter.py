@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_lightning.backbones.build import BackboneConfig
+from peft_lightning.checks import check_types
 from peft_lightning.errors import UsageError
 from peft_lightning.functional.gradients import hessian_gradient, mean_gradients
-from peft_lightning.functional.saliency import grasp, magnitude, random_scores, snip
+from peft_lightning.functional.saliency import fill_zeros_, grasp, magnitude, random_scores, snip
 from peft_lightning.functional.sparsify import erdos_renyi_counts, kept_count, top_masks
 from peft_lightning.layers.adapters import AdapterConfig, attach_adapters
 from peft_lightning.layers.masked import MaskedParameter, prunable
@@ -39,7 +40,7 @@ from peft_lightning.tasks.table import Task
 
 __all__ = ["PruneConfig", "SparseAdapterModule"]
 
-_SCORES = ("random", "magnitude", "er", "snip", "grasp")
+_SCORES = ("random", "magnitude", "er", "snip", "grasp", "given")
 _SPARSITY = 0.4
 
 
@@ -50,12 +51,14 @@ class PruneConfig:
     Attributes:
         sparsity: s, the share of the adapters' weights that is removed; 0 gives the dense adapter. None: the paper's
             default, or with a multiplier what it implies.
-        score: random, magnitude, er (Erdos-Renyi: random inside each matrix, larger matrices sparser), snip or grasp.
+        score: random, magnitude, er (Erdos-Renyi: random in each matrix, larger ones sparser), snip, grasp, or given
+            (masks that came with a file).
         scope: global ranks all adapters' weights together, tensor ranks inside each matrix; er decides this itself.
-        score_batches: batches of training data that a score with gradients looks at.
+        score_batches: batches of training data that a score with gradients looks at, in a pass of its own (data that
+            can be gone through only once is used up by them).
         score_init: the weights that are scored: as_is, surrogate (matrices that start from zero get random values
             while they are scored) or warmup (those after some steps on the scoring batches). Training starts from the
-            initial values in any case.
+            initial values in any case; random and er look at no weights.
         warmup_steps: number of these steps, with the optimiser's learning rate.
         multiplier: Large-Sparse: the bottleneck's factor; above 1 the sparsity follows from it.
 
@@ -72,6 +75,7 @@ class PruneConfig:
     multiplier: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self, "prune")
         for name, allowed in (
             ("score", _SCORES),
             ("scope", ("global", "tensor")),
@@ -90,11 +94,6 @@ class PruneConfig:
                     f"prune.sparsity = {self.sparsity}: follows from prune.multiplier = {self.multiplier}; leave it out"
                 )
 
-    @property
-    def active(self) -> bool:
-        """Whether anything is removed."""
-        return self.sparsity != 0
-
     def budgets(self, parameters: Mapping[str, MaskedParameter]) -> dict[str, int]:
         """Weights to keep of each tensor, if each is ranked alone; their sum is the number kept in all.
 
@@ -111,6 +110,11 @@ class PruneConfig:
         """The sparsity in force without a multiplier."""
         return _SPARSITY if self.sparsity is None else self.sparsity
 
+    @property
+    def active(self) -> bool:
+        """Whether anything is removed."""
+        return self.sparsity != 0
+
 
 class SparseAdapterModule(TaskModule):
     """Trains adapters, pruned before the first step, and the task's head; the backbone is frozen.
@@ -121,7 +125,7 @@ class SparseAdapterModule(TaskModule):
         adapter: kind, shape and place of the adapters.
         prune: what is removed before training.
         optim: the optimiser's settings.
-        head: ``dense`` (dense-tanh-linear on the first token) or ``linear``.
+        head: ``dense`` (dense-tanh-linear on the text's token) or ``linear``.
         head_dropout: dropout in the head.
         class_weights: one weight per class in the loss.
         max_length: tokens at most in ``predict``.
@@ -130,6 +134,8 @@ class SparseAdapterModule(TaskModule):
     Raises:
         UsageError: if a value is not allowed.
     """
+
+    fixed_by_file = (*TaskModule.fixed_by_file, "prune", "adapter")
 
     def __init__(
         self,
@@ -198,8 +204,6 @@ class SparseAdapterModule(TaskModule):
             "adapters": {"kind": self.adapter.kind, "sites": list(self.adapters)},
         }
 
-    fixed_by_file = (*TaskModule.fixed_by_file, "prune", "adapter.init_std")
-
     # -- pruning at initialisation ---------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
@@ -207,13 +211,16 @@ class SparseAdapterModule(TaskModule):
         super().on_train_start()
         if not self.prune.active or self._pruned:
             return
-        needs_data = self.prune.score in ("snip", "grasp") or self.prune.score_init == "warmup"
-        self.install_masks(self._scoring_batches() if needs_data else ())
+        warm = self.prune.score_init == "warmup" and self.prune.score == "magnitude"
+        needs_data = warm or self.prune.score in ("snip", "grasp")
+        with torch.random.fork_rng():  # a user's own loader may shuffle by the global state
+            self.install_masks(self._scoring_batches() if needs_data else ())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint holds masks that were made before its first step."""
+        """A checkpoint of a run holds masks; one that was written before the run has everything kept."""
         super().on_load_checkpoint(checkpoint)
-        self._pruned = True
+        masks = [tensor for name, tensor in checkpoint["state_dict"].items() if name.endswith("_mask")]
+        self._pruned = not all(mask.all() for mask in masks)
 
     def install_masks(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Score all prunable weights, mask the lowest, and make all ranks agree with rank 0.
@@ -247,11 +254,13 @@ class SparseAdapterModule(TaskModule):
         return erdos_renyi_counts(shapes, in_all) if self.prune.score == "er" else in_all
 
     def _scores(self, parameters: Mapping[str, MaskedParameter], batches: Sequence[Any]) -> dict[str, Tensor]:
+        if self.prune.score == "given":
+            raise UsageError("prune.score = 'given': masks that come with a file, and there are none; name a score")
         weights: dict[str, Tensor] = {name: parameter.weight for name, parameter in parameters.items()}
         if self.prune.score in ("random", "er"):
             return random_scores(weights, self.seed)
         if self.prune.score_init == "surrogate":
-            self._fill_zeros(weights)
+            fill_zeros_(weights, self.adapter.init_std, self.seed)
         elif self.prune.score_init == "warmup":
             self._warm_up(batches)
         if self.prune.score == "magnitude":
@@ -273,15 +282,6 @@ class SparseAdapterModule(TaskModule):
             return value
         summed: Tensor = self.trainer.strategy.reduce(value, reduce_op="sum")
         return summed
-
-    @torch.no_grad()
-    def _fill_zeros(self, weights: Mapping[str, Tensor]) -> None:
-        """Surrogate: matrices that are all zero (LoRA's B) get what the others start from."""
-        generator = torch.Generator().manual_seed(self.seed)
-        for weight in weights.values():
-            if not weight.any():
-                drawn = torch.randn(weight.shape, generator=generator) * (self.adapter.init_std or 0.02)
-                weight.copy_(drawn)
 
     def _warm_up(self, batches: Sequence[Any]) -> None:
         """Some steps of Adam at a constant rate, without dropout, on all that trains."""

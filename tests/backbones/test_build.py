@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, BertConfig, PreTrainedTokenizerFast
 
 from peft_lightning.backbones.build import BackboneConfig, build_backbone, fingerprint, load_tokenizer
-from peft_lightning.backbones.families import family_of
+from peft_lightning.backbones.families import FAMILIES, family_of, pooling
 from peft_lightning.backbones.toy import toy_tokenizer
-from peft_lightning.errors import UsageError
+from peft_lightning.errors import CheckpointError, UsageError
+from peft_lightning.files.strict import check_fingerprint
+from tests.families import DECODERS, backbone_setting
 from tests.toy import TINY
 
 
@@ -110,7 +112,11 @@ def test_an_unknown_tokenizer() -> None:
 
 
 def test_families() -> None:
-    assert family_of("bert").pooling == "first" and family_of("llama").pooling == "last"
+    for family in FAMILIES:
+        assert pooling(AutoConfig.for_model(family)) == ("last" if family in DECODERS else "first")
+    assert {pooling(AutoConfig.for_model(kind)) for kind in ("gpt2", "mistral", "opt", "gemma", "t5")} == {"last"}
+    assert {pooling(AutoConfig.for_model(kind)) for kind in ("distilbert", "albert", "modernbert")} == {"first"}
+    assert pooling(AutoConfig.for_model("bert", is_decoder=True)) == "last"
     with pytest.raises(UsageError, match="'gpt2': adapters know where to attach in bert, roberta"):
         family_of("gpt2")
 
@@ -127,3 +133,20 @@ def test_a_tokenizer_has_the_revision_of_its_backbone(monkeypatch: pytest.Monkey
         config = BackboneConfig(name="org/model", revision=revision, tokenizer=tokenizer)
         load_tokenizer(config.tokenizer_name)
     assert asked == [("org/model", "abc"), ("org/model", None), ("org/other", None)]
+
+
+@pytest.mark.parametrize(
+    ("family", "option", "value"),
+    [
+        ("bart", "decoder_layers", 2),
+        ("bart", "encoder_ffn_dim", 64),
+        ("llama", "num_key_value_heads", 2),
+        ("electra", "embedding_size", 16),
+    ],
+)
+def test_the_fingerprint_names_what_differs_in_shape(family: str, option: str, value: int) -> None:
+    setting = backbone_setting(family)
+    here = fingerprint(build_backbone(BackboneConfig(**setting)))
+    other = fingerprint(build_backbone(BackboneConfig(**{**setting, "config": {**setting["config"], option: value}})))
+    with pytest.raises(CheckpointError, match=f"belongs to another backbone .*{option} .* here {value}"):
+        check_fingerprint(here, other, "file")

@@ -54,7 +54,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "sparsity": (["--model.init_args.prune.sparsity", "1.0"], r"sparsity = 1\.0: must be the share removed"),
     "negative sparsity": (["--model.init_args.prune.sparsity", "-0.1"], r"sparsity = -0\.1"),
     "bottleneck": (["--model.init_args.adapter.bottleneck", "0"], "bottleneck = 0: must be at least 1"),
-    "score": (["--model.init_args.prune.score", "best"], "must be random, magnitude, er, snip, grasp"),
+    "score": (["--model.init_args.prune.score", "best"], "must be random, magnitude, er, snip, grasp, given"),
     "target": (
         ["--model.init_args.adapter.target", "decoder"],
         "matches no site; there are: encoder.layer.0",
@@ -196,11 +196,11 @@ def test_a_flag_beside_a_checkpoint_is_honoured_or_refused(
 ) -> None:
     words = ["test", "--ckpt_path", str(finished / "last.ckpt"), "--run_dir"]
     main([*words, str(tmp_path / "a")])
-    main([*words, str(tmp_path / "b"), "--model.init_args.adapter.scaling", "-30.0"])
+    main([*words, str(tmp_path / "b"), "--model.init_args.backbone.dtype", "bfloat16"])
     scores = [json.loads((tmp_path / part / "test.json").read_text())["scores"] for part in "ab"]
     assert scores[0]["loss"] != scores[1]["loss"]  # honoured
-    status, line = fails([*words, str(tmp_path / "c"), "--model.init_args.adapter.bottleneck", "8"], capsys)
-    assert status == 1 and "tensors do not fit this module; different" in line  # refused
+    status, line = fails([*words, str(tmp_path / "c"), "--model.init_args.head", "linear"], capsys)
+    assert status == 1 and "tensors do not fit this module; unexpected" in line  # refused
 
 
 @pytest.mark.parametrize("command", ["test", "validate", "predict"])
@@ -228,7 +228,7 @@ def test_the_flag_wins_over_a_configuration_without_a_checkpoint(finished: Path,
 
 @pytest.mark.parametrize(
     ("flag", "value", "recorded"),
-    [("optim.lr", "1e-7", "0.005"), ("prune.sparsity", "0.8", "None"), ("adapter.init_std", "0.5", "0.02")],
+    [("optim.lr", "1e-7", "0.005"), ("prune.sparsity", "0.8", "None"), ("adapter.scaling", "0.5", "None")],
 )
 @pytest.mark.parametrize("command", ["fit", "test"])
 def test_what_a_checkpoint_decides_is_refused_as_a_flag(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from peft_lightning.functional.saliency import grasp, magnitude, random_scores, snip
+from peft_lightning.functional.saliency import fill_zeros_, grasp, magnitude, random_scores, snip
 from tests.reference.masks import finite_difference_flow, finite_difference_snip
 
 
@@ -85,3 +86,13 @@ def test_scores_are_fp32_even_for_bf16_weights() -> None:
 
 def test_magnitude_ignores_the_sign() -> None:
     assert_close(magnitude(torch.tensor([-2.0, 1.0])), torch.tensor([2.0, 1.0]))
+
+
+def test_only_tensors_of_zeros_are_filled_with_the_given_spread() -> None:
+    weights = {"a": torch.ones(3), "zero": torch.zeros(200, 200), "half": torch.tensor([0.0, 1.0])}
+    fill_zeros_(weights, std=0.3, seed=1)
+    assert torch.equal(weights["a"], torch.ones(3)) and torch.equal(weights["half"], torch.tensor([0.0, 1.0]))
+    assert weights["zero"].std().item() == pytest.approx(0.3, rel=0.02) and abs(weights["zero"].mean()) < 0.01
+    again = {"zero": torch.zeros(200, 200)}
+    fill_zeros_(again, std=0.3, seed=1)
+    assert torch.equal(again["zero"], weights["zero"])

@@ -39,6 +39,13 @@ def test_gelu_by_finite_differences() -> None:
         assert gradgradcheck(F.gelu, x)
 
 
+def test_the_own_gelu_is_used_inside_only() -> None:
+    x = torch.ones(3, requires_grad=True)
+    with twice_differentiable():
+        assert "_Gelu" in str(F.gelu(x).grad_fn)
+    assert "_Gelu" not in str(F.gelu(x).grad_fn)
+
+
 def test_gelu_computes_in_half_precision() -> None:
     x = torch.linspace(-3, 3, 7, dtype=torch.bfloat16, requires_grad=True)
     with twice_differentiable():

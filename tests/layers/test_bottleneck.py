@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from peft_lightning.errors import UsageError
 from peft_lightning.layers.bottleneck import NONLINEARITIES, Bottleneck
 from peft_lightning.layers.masked import MaskedLinear, prunable
 
@@ -58,10 +57,3 @@ def test_a_hook_follows_a_deep_copy() -> None:
     h = torch.randn(1, 2, 8)
     assert_close(twin.inner(h), h)
     assert not torch.equal(holder.inner(h), h)
-
-
-def test_wrong_values() -> None:
-    with pytest.raises(UsageError, match="bottleneck = 0: must be at least 1"):
-        Bottleneck(8, 0)
-    with pytest.raises(UsageError, match="nonlinearity = 'step'.*relu"):
-        Bottleneck(8, 4, nonlinearity="step")

@@ -26,5 +26,7 @@ def test_names() -> None:
     assert isinstance(model.get_submodule("0.adapters.two"), nn.Linear)
     with pytest.raises(UsageError, match="0 already has an adapter of this name"):
         add_child(model, "0", "adapters", "one", nn.Linear(2, 2))
-    with pytest.raises(UsageError, match="must be an identifier"):
-        add_child(model, "0", "adapters", "a.b", nn.Linear(2, 2))
+    assert add_child(model, "0", "adapters", "sst-2", nn.Linear(2, 2)) == "0.adapters.sst-2"
+    for name in ("a.b", "", "train", "keys", "type"):
+        with pytest.raises(UsageError, match=f"adapter.name = '{name}': must hold no dot and be no attribute"):
+            add_child(model, "0", "adapters", name, nn.Linear(2, 2))

@@ -6,16 +6,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from peft_lightning import SparseAdapterModule
-from peft_lightning.errors import UsageError
+from peft_lightning import SparseAdapterModule, load
+from peft_lightning.errors import CheckpointError, PeftLightningError, UsageError
+from peft_lightning.files.manifest import MANIFEST_KEY
 from peft_lightning.functional.sparsify import DegenerateScoreError, kept_count
 from peft_lightning.layers.still import held_still
+from tests.families import backbone_setting
 from tests.toy import build, data, tiny, trainer
 
 
@@ -225,10 +229,9 @@ def test_scores_are_those_of_fp32_in_a_bf16_backbone_and_leave_it_as_it_was() ->
 
 @pytest.mark.parametrize("score", ["snip", "magnitude", "grasp"])
 def test_scores_that_rank_nothing_are_refused_with_the_remedy(score: str) -> None:
-    for adapter in ({"init_std": 0.0}, {"kind": "lora"}):
-        m = module(adapter=adapter, prune={"score": score, "score_init": "as_is"})
-        with pytest.raises(DegenerateScoreError, match=r"encoder\.layer\.0.*prune\.score_init = surrogate"):
-            m.install_masks(batches(1))
+    m = module(adapter={"kind": "lora"}, prune={"score": score, "score_init": "as_is"})
+    with pytest.raises(DegenerateScoreError, match=r"encoder\.layer\.0.*prune\.score_init = surrogate"):
+        m.install_masks(batches(1))
 
 
 @pytest.mark.parametrize("score_init", ["surrogate", "warmup"])
@@ -293,6 +296,59 @@ def test_the_report_says_what_was_changed() -> None:
     }
 
 
+def test_a_checkpoint_from_before_the_pruning_does_not_count_as_pruned(tmp_path: Path) -> None:
+    early = module()
+    fit = trainer(max_steps=1, limit_val_batches=1)
+    fit.validate(early, datamodule=data(batch_size=8), verbose=False)
+    fit.save_checkpoint(tmp_path / "early.ckpt")
+    again = module()
+    trainer(max_steps=2).fit(
+        again, datamodule=data(batch_size=8), ckpt_path=str(tmp_path / "early.ckpt"), weights_only=True
+    )
+    assert again.summary()["kept_share"] == pytest.approx(0.6, abs=1e-3)
+
+
+def test_looking_for_a_learning_rate_leaves_a_module_that_is_pruned_in_its_fit() -> None:
+    m = module()
+    search = trainer(max_steps=6, limit_val_batches=0)
+    Tuner(search).lr_find(m, datamodule=data(batch_size=8), num_training=5, update_attr=False)
+    trainer(max_steps=2).fit(m, datamodule=data(batch_size=8))
+    assert m.summary()["kept_share"] == pytest.approx(0.6, abs=1e-3)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_scoring_does_not_change_the_order_of_a_loader_of_ones_own(score: str) -> None:
+    seen: list[int] = []
+
+    class Spy(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, number: int) -> None:
+            seen.append(int(batch["inputs"]["input_ids"].sum()))
+
+    L.seed_everything(7, verbose=False)
+    loader: Any = DataLoader(batches(6), batch_size=None, shuffle=True)  # type: ignore[arg-type]
+    trainer(max_steps=6, callbacks=[Spy()]).fit(module(prune={"score": score, "sparsity": 0.5}), loader)
+    L.seed_everything(7, verbose=False)
+    expected = [int(batch["inputs"]["input_ids"].sum()) for batch in _dense_order(loader)]
+    assert seen == expected
+
+
+def _dense_order(loader: Any) -> list[Any]:
+    """The batches of a fit that scores nothing."""
+    order: list[Any] = []
+
+    class Spy(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, number: int) -> None:
+            order.append(batch)
+
+    trainer(max_steps=6, callbacks=[Spy()]).fit(module(prune={"sparsity": 0.0}), loader)
+    return order
+
+
+def test_given_masks_come_with_a_file() -> None:
+    with pytest.raises(UsageError, match="prune.score = 'given': masks that come with a file, and there are none"):
+        module(prune={"score": "given"}).install_masks(())
+
+
 def test_nothing_to_score_on() -> None:
     with pytest.raises(UsageError, match="there must be training data; or choose a score that needs none"):
         module().install_masks([])
@@ -304,11 +360,12 @@ def test_nothing_to_score_on() -> None:
     ("options", "message"),
     [
         ({"prune": {"sparsity": 1.0}}, r"sparsity = 1\.0: must be the share removed"),
-        ({"prune": {"score": "best"}}, "prune.score = 'best': must be random, magnitude, er, snip, grasp"),
+        ({"prune": {"score": "best"}}, "prune.score = 'best': must be random, magnitude, er, snip, grasp, given"),
         ({"prune": {"scope": "layer"}}, "prune.scope = 'layer': must be global, tensor"),
         ({"prune": {"score_init": "cold"}}, "prune.score_init = 'cold': must be as_is, surrogate, warmup"),
         ({"prune": {"score_batches": 0}}, "prune.score_batches = 0: must be at least 1"),
         ({"prune": {"warmup_steps": 0}}, "prune.warmup_steps = 0: must be at least 1"),
+        ({"prune": {"multiplier": 2.0}}, r"prune.multiplier = 2\.0: must be of type int"),
         ({"prune": {"multiplier": 5}}, "prune.multiplier = 5: must be 1, 2, 3, 4"),
         ({"prune": {"multiplier": 2, "sparsity": 0.5}}, r"sparsity = 0\.5: follows from prune.multiplier = 2"),
         ({"adapter": {"bottleneck": 0}}, "bottleneck = 0: must be at least 1"),
@@ -323,3 +380,30 @@ def test_nothing_to_score_on() -> None:
 def test_wrong_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         module(**options)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        (backbone_setting("roberta"), "belongs to another backbone .*model_type bert here roberta"),
+        (backbone_setting("bert"), "belongs to another backbone .*hidden_size 32 here 16"),
+        ({**tiny(), "config": {**tiny()["config"], "num_hidden_layers": 1}}, "num_hidden_layers 2 here 1"),
+        ({**tiny(), "config": {"model_type": "gpt2"}}, "belongs to another backbone .*model_type bert here gpt2"),
+    ],
+)
+def test_the_backbone_is_compared_before_anything_is_attached(backbone: Any, message: str, tmp_path: Path) -> None:
+    m = module(adapter={"kind": "mam", "bottleneck": 4, "target": r"layer\.1"})
+    trainer(tmp_path, max_steps=1).fit(m, datamodule=data(batch_size=8))
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path / "last.ckpt", backbone=backbone)
+
+
+@pytest.mark.parametrize("change", [{"bottleneck": 10**12}, {"bottleneck": 4.0}, {"target": 3}, {"seed": 10**30}])
+def test_a_file_with_impossible_settings_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=1).fit(module(), datamodule=data(batch_size=8))
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    values = content[MANIFEST_KEY]["hyper_parameters"]
+    (values if "seed" in change else values["adapter"]).update(change)
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(PeftLightningError, match="hyper-parameters do not fit|must be of type"):
+        load(tmp_path / "last.ckpt")

@@ -29,10 +29,9 @@ def oracle(plain: nn.Module, tensors: Tensors, kind: str, scaling: float) -> nn.
     if kind == "lora":
         for name in tensors:
             if name.endswith("lora_A"):
-                site = name.partition(".loras.")[0]
-                weight: Any = plain.get_submodule(site).weight
-                update = tensors[name.removesuffix("A") + "B"] @ tensors[name]
-                plain.get_submodule(site).weight = nn.Parameter(weight.detach() + scaling * update.detach())
+                linear: Any = plain.get_submodule(name.partition(".loras.")[0])
+                merged = linear.weight + scaling * tensors[name.removesuffix("A") + "B"] @ tensors[name]
+                linear.forward = lambda x, linear=linear, merged=merged: F.linear(x, merged, linear.bias)
         return plain
     for site in dict.fromkeys(re.split(r"\.adapters\.", name)[0] for name in tensors if ".adapters." in name):
         own = {name.removeprefix(f"{site}."): tensor for name, tensor in tensors.items() if name.startswith(f"{site}.")}

@@ -1,0 +1,46 @@
+"""Settings check the types of their own fields: a file or a caller may give anything."""
+
+from __future__ import annotations
+
+import math
+import types
+from dataclasses import fields
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from peft_lightning.errors import UsageError
+
+__all__ = ["check_types"]
+
+
+def check_types(settings: Any, group: str) -> None:
+    """Compare the fields of a dataclass with their annotations: plain types, optional ones, tuples and dicts.
+
+    A whole number passes for a float; True does not pass for 1, and no float may be infinite or NaN.
+
+    Args:
+        settings: an instance.
+        group: what its options are called, as ``prune``.
+
+    Raises:
+        UsageError: names the option, the value and the type.
+    """
+    hints = get_type_hints(type(settings))
+    for field in fields(settings):
+        value, hint = getattr(settings, field.name), hints[field.name]
+        if not _fits(value, hint):
+            wanted = str(hint) if get_origin(hint) else hint.__name__
+            raise UsageError(f"{group}.{field.name} = {value!r}: must be of type {wanted}, and finite")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if origin is tuple:
+        parts = get_args(hint)
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if origin is not None:
+        return isinstance(value, origin)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint if hint in (int, bool) else isinstance(value, hint)
