@@ -6,13 +6,13 @@ which makes the tensor names AdapterHub's.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import cast
 
 from torch import nn
 
 from peft_lightning.errors import UsageError
+from peft_lightning.functional.patterns import compile_pattern
 
 __all__ = ["add_child", "select_sites"]
 
@@ -23,10 +23,7 @@ def select_sites(candidates: Sequence[str], target: str) -> list[str]:
     Raises:
         UsageError: if the expression is invalid or matches none; lists the candidates.
     """
-    try:
-        pattern = re.compile(target)
-    except re.error as error:
-        raise UsageError(f"adapter.target = {target!r}: not a regular expression ({error})") from None
+    pattern = compile_pattern(target, "adapter.target")
     chosen = [site for site in candidates if pattern.search(site)]
     if not chosen:
         raise UsageError(f"adapter.target = {target!r} matches no site; there are: {', '.join(candidates)}")
