@@ -39,7 +39,7 @@ lint: .venv/.stamp  ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench-mrpc: encoder  ## accuracy on MRPC: 3 arms, 3 seeds; goes on where it stopped
+bench-mrpc: encoder  ## accuracy on MRPC: 4 arms, up to 3 seeds; goes on where it stopped
 	@$(BIN)/python -m benchmarks.mrpc
 
 bench-sparse: encoder  ## SparseAdapter on MRPC: 11 arms, 3 seeds, tables and figures; goes on where it stopped

@@ -121,6 +121,7 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
             hf_config = AutoConfig.for_model(**options)
         else:
             hf_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
+        _check_heads(hf_config)
         model_class = AutoModel._model_mapping[type(hf_config)]
         extra = {"add_pooling_layer": False} if _takes(model_class, "add_pooling_layer") else {}
         if getattr(hf_config, "use_cache", False):  # keys and values of earlier tokens serve generation only
@@ -141,7 +142,7 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
                 )
             if lacking := sorted(loading["missing_keys"]):
                 raise ValueError(f"its weights lack {len(lacking)} tensors of the encoder: {', '.join(lacking[:3])}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
         what = f"backbone.name = {config.name!r}" if config.name else f"backbone.config = {config.config}"
         raise UsageError(f"{what}: cannot be built ({_first_line(error)})") from error
     if config.gradient_checkpointing:
@@ -204,6 +205,15 @@ def _check_options(options: Mapping[str, Any]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known)
             raise ValueError(f"{name!r} is no option of {options['model_type']}; near it: {', '.join(near) or 'none'}")
+
+
+def _check_heads(config: Any) -> None:
+    """Attention heads that do not divide show up in the first forward pass only."""
+    heads, keys = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    if heads and keys and heads % keys:
+        raise ValueError(f"num_key_value_heads = {keys} must divide num_attention_heads = {heads}")
+    if heads and not getattr(config, "head_dim", None) and config.hidden_size % heads:
+        raise ValueError(f"num_attention_heads = {heads} must divide hidden_size = {config.hidden_size}")
 
 
 def _padded_vocabulary(tokenizer: Any) -> int:

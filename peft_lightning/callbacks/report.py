@@ -149,7 +149,8 @@ def _table(report: dict[str, Any], metrics: tuple[str, ...]) -> Table:
             f"{report['kept_share']:.4f} ({report['kept_weights']:,} of {report['prunable_weights']:,})",
         )
     else:
-        table.add_row("kept share", "1 (dense)")
+        every = f", {report['prunable_weights']:,} weights" if "prunable_weights" in report else ""
+        table.add_row("kept share", f"1 (dense{every})")
     for metric in metrics:
         if metric in report["scores"]:
             beside = report["majority"].get(metric)

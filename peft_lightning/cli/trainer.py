@@ -79,7 +79,7 @@ class TrainerCLI(LightningCLI):
             # The flag, not what some configuration file says: what the checkpoint records was read by the flag.
             path = str(option(sys.argv, "--ckpt_path"))
             options.ckpt_path = path
-            options.run_dir = options.run_dir or str(Path(path).parent)
+            options.run_dir = options.run_dir or str(Path(path) if Path(path).is_dir() else Path(path).parent)
             return
         if options.run_dir is None:
             method = options.model.class_path.rpartition(".")[2].removesuffix("Module")
@@ -183,12 +183,16 @@ class TrainerCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         path = self.options.ckpt_path
+        if path and subcommand == "fit" and Path(path).is_dir():
+            raise UsageError(f"--ckpt_path = {path}: must be a .ckpt file")
         if path:
-            if Path(path).is_dir():
-                raise UsageError(f"--ckpt_path = {path}: must be a .ckpt file")
             # One clear line for a damaged file or a flag that the file overrules, before the trainer starts.
-            recorded = read_file(path)[MANIFEST_KEY]["hyper_parameters"]
-            check_settings(recorded, self.model.hparams, self.model.fixed_by_file)
+            content = read_file(path)
+            check_settings(content[MANIFEST_KEY]["hyper_parameters"], self.model.hparams, self.model.fixed_by_file)
+            if Path(path).is_dir():  # a run's folder, or an adapter's, which Lightning cannot read
+                self.model.on_load_checkpoint(content)
+                self.model.load_state_dict(content["state_dict"])
+                path = None
         arguments |= {"ckpt_path": path, "weights_only": True}
         if subcommand in ("validate", "test"):
             arguments["verbose"] = False

@@ -33,7 +33,7 @@ def kept_count(total: int, sparsity: float) -> int:
     6
     """
     if not 0.0 <= sparsity < 1.0:
-        raise UsageError(f"sparsity = {sparsity}: must be the share removed, at least 0 and below 1")
+        raise UsageError(f"prune.sparsity = {sparsity}: must be the share removed, at least 0 and below 1")
     return total - round(sparsity * total)
 
 
@@ -138,7 +138,8 @@ def _check_scores(flat: Mapping[str, Tensor]) -> None:
     equal = [name for name, z_N in flat.items() if z_N.numel() > 1 and bool((z_N == z_N[0]).all())]
     if equal:
         raise DegenerateScoreError(
-            "; ".join(f"{name}: all {flat[name].numel()} scores equal {flat[name][0].item():g}" for name in equal)
+            "; ".join(f"{name}: all {flat[name].numel()} scores equal {flat[name][0].item():g}" for name in equal[:3])
+            + ("; and so on" if len(equal) > 3 else "")
             + ", so they rank nothing: a tensor starts at zero, as LoRA's B does, or no gradient reaches it, as behind "
             "dead units; use prune.score_init = surrogate or warmup, another seed, or prune.score = random"
         )

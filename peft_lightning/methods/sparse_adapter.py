@@ -50,7 +50,7 @@ class PruneConfig:
 
     Attributes:
         sparsity: s, the share of the adapters' weights that is removed; 0 gives the dense adapter. None: the paper's
-            default, or with a multiplier what it implies.
+            0.4, or with a multiplier what it implies.
         score: random, magnitude, er (Erdos-Renyi: random in each matrix, larger ones sparser), snip, grasp, or given
             (masks that came with a file).
         scope: global ranks all adapters' weights together, tensor ranks inside each matrix; er decides this itself.
@@ -60,7 +60,7 @@ class PruneConfig:
             while they are scored) or warmup (those after some steps on the scoring batches). Training starts from the
             initial values in any case; random and er look at no weights.
         warmup_steps: number of these steps, with the optimiser's learning rate.
-        multiplier: Large-Sparse: the bottleneck's factor; above 1 the sparsity follows from it.
+        multiplier: Large-Sparse: the bottleneck's factor, 1 to 4; above 1 the sparsity follows from it.
 
     Raises:
         UsageError: if a value is not allowed.

@@ -88,6 +88,14 @@ def test_other_encoders_can_be_built(model_type: str) -> None:
             "'hiden_size' is no option of bert",
         ),
         ({"config": {"model_type": "bert", "hidden_size": 30, "num_attention_heads": 4}}, "cannot be built"),
+        (
+            {"config": {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4}},
+            "num_key_value_heads = 32 must divide num_attention_heads = 4",
+        ),
+        (
+            {"config": {"model_type": "bart", "d_model": 64, "encoder_attention_heads": 3}},
+            "num_attention_heads = 3 must divide hidden_size = 64",
+        ),
         ({"name": "/no/such/folder", "config": None}, r"backbone\.name = '/no/such/folder': cannot be built"),
     ],
 )

@@ -203,6 +203,25 @@ def test_a_flag_beside_a_checkpoint_is_honoured_or_refused(
     assert status == 1 and "tensors do not fit this module; unexpected" in line  # refused
 
 
+def test_a_runs_folder_and_an_adapters_are_measured_like_their_checkpoint(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for number, path in enumerate((run / "last.ckpt", run / "adapter", run)):
+        if path == run:
+            shutil.copy(run / "last.ckpt", run / "best.ckpt")
+        main(["test", "--ckpt_path", str(path), "--run_dir", str(tmp_path / str(number))])
+    scores = [json.loads((tmp_path / str(number) / "test.json").read_text())["scores"] for number in range(3)]
+    assert scores[0] == scores[1] == scores[2]
+    status, line = fails(["test", "--ckpt_path", str(run / "adapter"), "--model.adapter.kind", "lora"], capsys)
+    assert status == 2 and "adapter.kind = lora, in the checkpoint houlsby: the checkpoint decides this" in line
+    status, line = fails([*FIT, "--run_dir", str(tmp_path / "new"), "--ckpt_path", str(run / "adapter")], capsys)
+    assert status == 2 and "must be a .ckpt file" in line
+
+
 @pytest.mark.parametrize("command", ["test", "validate", "predict"])
 def test_nothing_is_measured_without_a_checkpoint(
     command: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
