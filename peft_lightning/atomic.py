@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from peft_lightning.errors import UsageError
 
-__all__ = ["atomic_write", "fresh_folder"]
+__all__ = ["atomic_write", "atomic_write_together", "fresh_folder"]
+
+_LAST = ("adapter_config.json", "manifest.json")
 
 
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
@@ -25,27 +27,47 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         OSError: if the disk refuses; ``path`` then still holds what it held, and the temporary file is gone.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = _written(path, write)
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    _flush_folder(path.parent)
+
+
+def atomic_write_together(folder: str | Path, contents: Mapping[str, bytes]) -> None:
+    """Replace several files of a folder: all are on the disk before the first takes its place.
+
+    Args:
+        folder: made if needed.
+        contents: file name -> content. The last one must be such that a reader notices if the others do not belong to
+            it: files take their places one after another, in this order.
+
+    Raises:
+        OSError: if the disk refuses; what the folder held is then untouched.
+    """
+    folder = Path(folder)
+    written: dict[Path, Path] = {}
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        for name, content in contents.items():
+            written[folder / name] = _written(folder / name, lambda file, content=content: file.write(content))  # type: ignore[misc]
+        for path, temporary in written.items():
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(folder)
 
 
 @contextmanager
 def fresh_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its place when all is written, and is gone if anything fails.
+    """A temporary folder whose files take their places in ``folder`` when all are written.
+
+    They are all gone if anything fails. A folder that does not exist appears whole. Into an existing one, which may be
+    the current one or behind a link, the files are moved one by one, ``adapter_config.json`` or ``manifest.json`` last:
+    before that it cannot be read.
 
     Args:
         folder: new or empty. Its parents are made if needed. Only files are written into it, no folders.
@@ -53,17 +75,50 @@ def fresh_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         UsageError: if ``folder`` holds files or is one.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"out = {folder}: exists already and is not empty; name a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    given, folder = folder, Path(os.path.realpath(folder))
+    exists = os.path.lexists(folder)
+    if exists and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"out = {given}: exists already and is not empty; name a new folder")
+    temporary = (folder / "new" if exists else folder).with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.mkdir()
+    moved: list[Path] = []
     try:
         yield temporary
-        temporary.replace(folder)
+        if not exists:
+            temporary.replace(folder)
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name in _LAST) if exists else ():
+            moved.append(folder / path.name)
+            path.replace(moved[-1])
+    except BaseException:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
     finally:
         if temporary.exists():
             for path in temporary.iterdir():
                 path.unlink()
             temporary.rmdir()
+
+
+def _written(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """A temporary file beside ``path``, full and flushed to the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

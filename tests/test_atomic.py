@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 
-from peft_lightning.atomic import atomic_write, fresh_folder
+from peft_lightning.atomic import atomic_write, atomic_write_together, fresh_folder
 from peft_lightning.errors import UsageError
 
 
@@ -71,3 +72,57 @@ def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
     for target in (tmp_path, tmp_path / "file"):
         with pytest.raises(UsageError, match="exists already and is not empty"), fresh_folder(target):
             raise AssertionError("not reached")
+
+
+def test_files_that_are_replaced_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    atomic_write_together(tmp_path / "new", {"one": b"1", "two": b"2"})
+    assert {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()} == {"one": b"1", "two": b"2"}
+    flush, left = os.fsync, iter([True])
+
+    def full(handle: int) -> None:
+        if not next(left, False):
+            raise OSError(28, "No space left on device")
+        flush(handle)
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write_together(tmp_path / "new", {"one": b"3", "two": b"4"})
+    assert {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()} == {"one": b"1", "two": b"2"}
+
+
+def test_an_existing_folder_is_filled_and_its_configuration_comes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "empty"
+    target.mkdir()
+    inode = target.stat().st_ino
+    with fresh_folder(target) as fresh:
+        for name in ("adapter_config.json", "z.safetensors"):
+            (fresh / name).write_text(name)
+    assert {path.name for path in target.iterdir()} == {"adapter_config.json", "z.safetensors"}
+    assert target.stat().st_ino == inode  # a shell in it stays in it
+    other = tmp_path / "other"
+    other.mkdir()
+    replace = Path.replace
+
+    def refuse(source: Path, to: Path) -> Path:
+        if source.name == "adapter_config.json":
+            assert (other / "z.safetensors").exists()
+            raise PermissionError(13, "no")
+        return replace(source, to)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(PermissionError, match="no"), fresh_folder(other) as fresh:
+        for name in ("adapter_config.json", "z.safetensors"):
+            (fresh / name).write_text(name)
+    assert not list(other.iterdir())
+
+
+def test_links_to_nowhere_and_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with fresh_folder(tmp_path / "link") as fresh:
+        (fresh / "file").write_text("one")
+    assert (tmp_path / "nowhere" / "file").exists() and (tmp_path / "link").is_symlink()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UsageError, match="loop: exists already"), fresh_folder(tmp_path / "loop"):
+        raise AssertionError("not reached")

@@ -96,11 +96,11 @@ def _import(words: list[str]) -> None:
 
 @contextmanager
 def _notes() -> Iterator[None]:
-    """Print what this package warns of as plain lines; other warnings stay as they are."""
+    """Print what this package warns of as plain lines; others' warnings stay as they are, wherever they point."""
     show = warnings.showwarning
 
     def plain(message: Warning | str, category: type[Warning], *rest: object, **more: object) -> None:
-        if category is UserWarning:
+        if category.__module__.partition(".")[0] == "peft_lightning":
             sys.stdout.write(f"note: {message}\n")
         else:
             show(message, category, *rest, **more)  # type: ignore[arg-type]

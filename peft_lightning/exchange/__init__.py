@@ -5,7 +5,8 @@ Neither library is needed.
 
 from __future__ import annotations
 
+from peft_lightning.exchange.notes import ExchangeWarning
 from peft_lightning.exchange.reading import import_adapter
 from peft_lightning.exchange.writing import FORMATS, export_adapter
 
-__all__ = ["FORMATS", "export_adapter", "import_adapter"]
+__all__ = ["FORMATS", "ExchangeWarning", "export_adapter", "import_adapter"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 
 from peft_lightning.backbones.build import as_backbone_config
 from peft_lightning.errors import CheckpointError, UsageError
-from peft_lightning.exchange.base import check_base, with_pooler
+from peft_lightning.exchange.base import base_model, check_base, check_sites, note_on_name, with_pooler
+from peft_lightning.exchange.notes import ExchangeWarning
 from peft_lightning.files.adapterhub import read_adapterhub
 from peft_lightning.files.foreign import ForeignAdapter, read_json
 from peft_lightning.files.hf_peft import read_peft
 from peft_lightning.files.manifest import MANIFEST_KEY
 from peft_lightning.files.strict import check_tensors
+from peft_lightning.layers.adapters import AdapterConfig
 from peft_lightning.methods.sparse_adapter import PruneConfig, SparseAdapterModule
 
 __all__ = ["head_is_new", "import_adapter"]
@@ -55,26 +58,27 @@ def import_adapter(
     folder = Path(folder)
     if taken := sorted({"adapter", "prune"} & options.keys()):
         raise UsageError(f"{taken[0]}: the folder decides this; leave the option out")
-    given = _reader(folder)(folder, allow_bin=allow_bin, with_head=not new_head)
     config = as_backbone_config(backbone)
-    check_base(given, config, folder)
+    here, read = base_model(config), _reader(folder)
+    given = read(
+        folder, allow_bin=allow_bin, with_head=not new_head, check=lambda facts: check_base(facts, here, folder)
+    )
+    check_sites(given, here, folder)
     given = with_pooler(given, config, folder)
     style = "dense" if given.head is None or "dense.weight" in given.head else "linear"
     if given.head is not None and options.get("head", style) != style:
         raise UsageError(f"head = {options['head']!r}: the folder's head is {style!r}; leave the option out")
-    prune = PruneConfig(sparsity=_sparsity(given))
-    module = SparseAdapterModule(
-        task=task, backbone=config, adapter=given.adapter, prune=prune, **{"head": style, **options}
-    )
+    prune, adapter = _settings(given, folder)
+    module = SparseAdapterModule(task=task, backbone=config, adapter=adapter, prune=prune, **{"head": style, **options})
     _check_classes(given, module, folder)
     module.configure_model()
     _fill(module, given, folder)
-    notes = list(given.notes)
+    notes = [*given.notes, *note_on_name(given, here)]
     if given.head is None:
         notes.append("the head is new, so train it before use")
         module.run_config = {**module.run_config, _RECORD: {"new_head": _digest(module.head)}}
     for note in notes:
-        warnings.warn(f"{folder}: {note}", stacklevel=2)
+        warnings.warn(f"{folder}: {note}", ExchangeWarning, stacklevel=2)
     return module.eval()
 
 
@@ -102,11 +106,31 @@ def _reader(folder: Path) -> Any:
     raise CheckpointError(f"{folder}: adapter_config.json is neither PEFT's (peft_type) nor AdapterHub's (config)")
 
 
-def _sparsity(given: ForeignAdapter) -> float:
-    """Share removed of the prunable weights; 0 where there are no masks, so that nothing is masked."""
+def _settings(given: ForeignAdapter, folder: Path) -> tuple[PruneConfig, AdapterConfig]:
+    """How the masks were made, as far as the folder says it, and the adapter that was made so.
+
+    Without masks nothing is removed. Masks of which nothing is recorded are "given": the share is counted.
+    """
     total = sum(tensor.numel() for name, tensor in given.tensors.items() if not name.endswith("bias"))
     removed = sum(int((~mask).sum()) for mask in given.masks.values())
-    return removed / total
+    if not given.masks or not (removed or given.prune):
+        return PruneConfig(sparsity=0.0), given.adapter
+    if not given.prune:
+        return PruneConfig(sparsity=removed / total, score="given"), given.adapter
+    wrong = f"{folder}: the record of how its masks were made does not belong to them"
+    try:
+        prune = PruneConfig(**given.prune)
+    except (TypeError, UsageError) as error:
+        raise CheckpointError(f"{wrong} ({error})") from None
+    # Each tensor may round its own share. The masks of an adapter before its fit are not made yet, and keep all.
+    if removed and prune.multiplier == 1 and abs(removed - prune.share * total) > len(given.masks):
+        raise CheckpointError(f"{wrong}: sparsity = {prune.share}, and {removed} of {total} weights are removed")
+    inner, left = divmod(given.adapter.bottleneck, prune.multiplier)
+    if left or not inner:
+        raise CheckpointError(
+            f"{wrong}: multiplier = {prune.multiplier}, and the bottleneck is {given.adapter.bottleneck}"
+        )
+    return prune, replace(given.adapter, bottleneck=inner)
 
 
 def _check_classes(given: ForeignAdapter, module: SparseAdapterModule, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from peft_lightning.atomic import fresh_folder
 from peft_lightning.errors import UsageError
+from peft_lightning.exchange.notes import ExchangeWarning
 from peft_lightning.exchange.reading import head_is_new
 from peft_lightning.files.adapterhub import write_adapterhub
 from peft_lightning.files.foreign import ForeignAdapter
@@ -61,7 +63,7 @@ def export_adapter(
             names = [name for name, _ in module.backbone.named_modules() if name]
             write_peft(fresh, _foreign(module, bool(head)), names)
     if format == "peft" and head is None and not head_is_new(module):
-        warnings.warn(f"{folder}: the head stays behind; head = True takes it along", stacklevel=2)
+        warnings.warn(f"{folder}: the head stays behind; head = True takes it along", ExchangeWarning, stacklevel=2)
 
 
 def _module(source: Any, backbone: Any) -> SparseAdapterModule:
@@ -90,6 +92,7 @@ def _foreign(module: SparseAdapterModule, with_head: bool) -> ForeignAdapter:
         adapter=module.adapter,
         tensors={name: tensor for name, tensor in state.items() if not name.endswith("_mask")},
         masks={name.removesuffix("_mask"): tensor for name, tensor in state.items() if name.endswith("_mask")},
+        prune=asdict(module.prune),
         head=head if with_head else None,
         labels=tuple(module.task.labels) or None,
         base={

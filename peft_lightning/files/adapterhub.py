@@ -9,6 +9,7 @@ files of its predecessors are read too (renamed tensors, inverse adapters that w
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from peft_lightning.errors import CheckpointError
 from peft_lightning.files.adapterhub_config import from_config, to_config
+from peft_lightning.files.adapterhub_head import head_config, head_tensors, read_head
 from peft_lightning.files.foreign import ForeignAdapter, read_json, read_masks, read_tensors, write_folder
+from peft_lightning.files.values import check_finite
 
 __all__ = ["FAMILIES", "read_adapterhub", "write_adapterhub"]
 
@@ -33,18 +36,22 @@ _TENSOR = re.compile(
     r"|(?P<matrix>attention\.self\.(?:query|key|value)|intermediate\.dense|output\.dense)"
     r"\.loras\.(?P<lora>[^.]+)\.(?P<AB>lora_[AB]))"
 )
-_HEAD = {"dense": 2, "linear": 1}  # our styles and their number of layers
-_FLEX = {"1": "dense", "4": "out"}
-_STATIC = {"RobertaForSequenceClassification": {"classifier.dense": "dense", "classifier.out_proj": "out"}}
 
 
-def read_adapterhub(folder: str | Path, *, allow_bin: bool = False, with_head: bool = True) -> ForeignAdapter:
+def read_adapterhub(
+    folder: str | Path,
+    *,
+    allow_bin: bool = False,
+    with_head: bool = True,
+    check: Callable[[dict[str, Any]], object] | None = None,
+) -> ForeignAdapter:
     """Read an adapter, its head where there is one, and the masks beside it.
 
     Args:
         folder: has ``adapter_config.json`` and ``adapter.safetensors`` or ``pytorch_adapter.bin``.
         allow_bin: read the latter; of a pickle only tensors and plain containers are.
         with_head: False passes over a head.
+        check: called with what is known of the base model (``base``) before anything else is read in detail.
 
     Raises:
         CheckpointError: if it is damaged, incomplete, or asks for something that is not computed here.
@@ -67,16 +74,26 @@ def read_adapterhub(folder: str | Path, *, allow_bin: bool = False, with_head: b
     tensors = dict(renamed)
     if len(tensors) != len(given):
         raise CheckpointError(f"{folder}: has two tensors of one name, one of them under its old name")
-    notes = _inverse(config, tensors, str(what))
     depth = _depth(config, tensors)
+    base = {"model_type": model_type, "hidden_size": hidden, "num_hidden_layers": depth}
+    if check is not None:
+        check(base)
+    check_finite(given, folder)
+    notes = _inverse(config, tensors, str(what))
     adapter, more = from_config(config, depth, str(what))
-    masks = read_masks(folder, tensors)
+    masks, prune = read_masks(folder, tensors)
     tensors = _checked(tensors, str(config.get("name")), adapter.name, hidden, adapter.bottleneck, folder)
     masks = {_with_name(name, adapter.name): mask for name, mask in masks.items()}
-    head, labels = _read_head(folder, allow_bin) if with_head else (None, None)
-    base = {"model_type": model_type, "hidden_size": hidden, "num_hidden_layers": depth}
+    head, labels = read_head(folder, allow_bin) if with_head else (None, None)
     return ForeignAdapter(
-        adapter=adapter, tensors=tensors, masks=masks, head=head, labels=labels, base=base, notes=(*notes, *more)
+        adapter=adapter,
+        tensors=tensors,
+        masks=masks,
+        prune=prune,
+        head=head,
+        labels=labels,
+        base=base,
+        notes=(*notes, *more),
     )
 
 
@@ -120,12 +137,9 @@ def write_adapterhub(folder: str | Path, given: ForeignAdapter) -> None:
         "adapter.safetensors": save_safetensors({prefix + key: t for key, t in given.tensors.items()}),
     }
     if given.head is not None:
-        files["head_config.json"] = {**common, "config": _head_config(given)}
-        back = {"dense": "1", "out": "4" if "dense.weight" in given.head else "1"}
-        files["model_head.safetensors"] = save_safetensors(
-            {f"heads.{name}.{back[key.partition('.')[0]]}.{key.partition('.')[2]}": t for key, t in given.head.items()}
-        )
-    write_folder(Path(folder), files, given.masks)
+        files["head_config.json"] = {**common, "config": head_config(given.head, given.labels)}
+        files["model_head.safetensors"] = save_safetensors(head_tensors(given.head, name))
+    write_folder(Path(folder), files, given.masks, given.prune)
 
 
 # -- the adapter ----------------------------------------------------------------------------------------------------
@@ -180,8 +194,9 @@ def _checked(
             want = shapes[f"{found['part']}.{found['kind']}"]
             if tuple(tensor.shape) != want:
                 wrong.append(f"{key} {tuple(tensor.shape)}, expected {want}")
-    if wrong or not tensors:
-        listed = "; ".join(sorted(wrong)[:4]) or "there are none"
+    weights = [key for key in tensors if not key.endswith("bias")]
+    if wrong or not weights:
+        listed = "; ".join(sorted(wrong)[:4]) or ("there are biases only" if tensors else "there are none")
         raise CheckpointError(f"{folder}: {len(wrong)} tensors differ from adapter_config.json: {listed}")
     return {_with_name(key, new): tensor for key, tensor in tensors.items()}
 
@@ -205,82 +220,3 @@ def _places(given: ForeignAdapter) -> tuple[list[str], list[int]]:
             "whole layers only"
         )
     return sorted(first), [layer for layer in range(given.base["num_hidden_layers"]) if layer not in by_layer]
-
-
-# -- the head -------------------------------------------------------------------------------------------------------
-
-
-def _read_head(folder: Path, allow_bin: bool) -> tuple[dict[str, Tensor] | None, tuple[str, ...] | None]:
-    names = ("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
-    if not any((folder / name).exists() for name in names):
-        return None, None
-    what = folder / "head_config.json"
-    config = read_json(what)
-    given = read_tensors(folder, "model_head.safetensors", "pytorch_model_head.bin", allow_bin)
-    flex = config.get("config")
-    if isinstance(flex, dict):
-        layers = _check_flex(flex, what)
-        numbers = _FLEX if layers == 2 else {"1": "out"}
-        parts = {f"heads.{config.get('name')}.{number}": part for number, part in numbers.items()}
-        label2id = flex.get("label2id")
-    elif config.get("model_class") in tuple(_STATIC):
-        parts, label2id = _STATIC[config["model_class"]], config.get("label2id")
-    else:
-        raise CheckpointError(
-            f"{what}: model_class = {str(config.get('model_class'))[:100]!r}: this head is not ours (a head of two "
-            "layers and tanh, or of one); import with a new head (--new_head)"
-        )
-    expected = {f"{old}.{kind}": f"{part}.{kind}" for old, part in parts.items() for kind in ("weight", "bias")}
-    if given.keys() != expected.keys():
-        raise CheckpointError(
-            f"{folder}: the head's tensors differ from head_config.json; missing: "
-            f"{', '.join(sorted(expected.keys() - given.keys())) or 'none'}; unexpected: "
-            f"{', '.join(sorted(given.keys() - expected.keys())) or 'none'}"
-        )
-    return {expected[name]: tensor for name, tensor in given.items()}, _labels(label2id)
-
-
-def _check_flex(config: dict[str, Any], what: Path) -> int:
-    allowed: dict[str, tuple[Any, ...]] = {
-        "head_type": ("classification",),
-        "layers": tuple(_HEAD.values()),
-        "use_pooler": (False,),
-        "bias": (True,),
-    }
-    if config.get("layers") == 2:
-        allowed["activation_function"] = ("tanh",)
-    defaults = {"use_pooler": False, "bias": True}
-    for key, values in allowed.items():
-        value = config.get(key, defaults.get(key))
-        if value not in values:
-            raise CheckpointError(
-                f"{what}: {key} = {str(value)[:100]}: this head is not ours ({key} must be "
-                f"{' or '.join(map(str, values))}); import with a new head (--new_head)"
-            )
-    return int(config["layers"])
-
-
-def _labels(label2id: Any) -> tuple[str, ...] | None:
-    """The classes in order, where the file names them (LABEL_0 is no name)."""
-    if not isinstance(label2id, dict) or not all(isinstance(i, int) for i in label2id.values()):
-        return None
-    names = tuple(sorted(label2id, key=lambda name: label2id[name]))
-    generic = all(name == f"LABEL_{i}" for i, name in enumerate(names))
-    return None if generic or sorted(label2id.values()) != list(range(len(names))) else names
-
-
-def _head_config(given: ForeignAdapter) -> dict[str, Any]:
-    assert given.head is not None
-    count = given.head["out.weight"].shape[0]
-    names = given.labels if given.labels and len(given.labels) == count else [f"LABEL_{i}" for i in range(count)]
-    layers = 2 if "dense.weight" in given.head else 1
-    return {
-        "activation_function": "tanh" if layers == 2 else None,
-        "bias": True,
-        "dropout_prob": None,
-        "head_type": "classification",
-        "label2id": {name: i for i, name in enumerate(names)},
-        "layers": layers,
-        "num_labels": count,
-        "use_pooler": False,
-    }

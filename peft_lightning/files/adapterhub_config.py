@@ -11,9 +11,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
+
+from torch import nn
 
 from peft_lightning.errors import CheckpointError
+from peft_lightning.files.values import check_booleans, check_known, is_number, refuse
 from peft_lightning.layers.adapters import AdapterConfig
 
 __all__ = ["bottleneck_of", "from_config", "reduction_factor", "to_config"]
@@ -65,6 +68,11 @@ _UNUSED = {
     "stochastic_depth": 0.0,
 }
 _HARMLESS = {*_UNUSED, "architecture", "attention_type", "dtype", "init_weights", "invertible_adapter"}
+_BOOLEANS = {
+    *(key for key, value in (_BOTTLENECK | _LORA).items() if isinstance(value, bool)),
+    *("mh_adapter", "output_adapter", "original_ln_before", "is_parallel"),
+    *("selfattn_lora", "intermediate_lora", "output_lora"),
+}
 _KNOWN_BOTTLENECK = {
     *("mh_adapter", "output_adapter", "reduction_factor", "non_linearity", "original_ln_before", "is_parallel"),
     *("scaling", "residual_before_ln", "leave_out"),
@@ -83,7 +91,7 @@ def from_config(head: Mapping[str, Any], depth: int, what: str) -> tuple[Adapter
         what: the file, for messages.
 
     Returns:
-        The setting, whose ``name`` is the file's made an identifier, and notes on what was not taken over.
+        The setting, whose ``name`` is the file's if a submodule can have it, and notes on what was not taken over.
 
     Raises:
         CheckpointError: names the key and the value that our adapters do not have.
@@ -93,31 +101,40 @@ def from_config(head: Mapping[str, Any], depth: int, what: str) -> tuple[Adapter
         raise CheckpointError(f"{what}: config = {config!r}: must be a mapping")
     architecture = config.get("architecture")
     if architecture not in (None, "bottleneck", "lora"):
-        _refuse(what, "architecture", architecture, "bottleneck adapters and lora")
+        refuse(what, "architecture", architecture, "bottleneck adapters and lora")
     lora = architecture == "lora"
     required, known = (_LORA, _KNOWN_LORA) if lora else (_BOTTLENECK, _KNOWN_BOTTLENECK)
+    check_booleans(config, _BOOLEANS, what)
     for key, value in required.items():
         if config.get(key, value) != value:
-            _refuse(what, key, config[key], repr(value))
-    for key in config.keys() - required.keys() - known - _HARMLESS:
-        if config[key] not in (None, False, [], 0):
-            _refuse(what, key, config[key], "no such setting")
-    notes = [
-        f"{key} = {config[key]} is not taken over"
-        for key in ("dropout", "stochastic_depth")
-        if isinstance(config.get(key), float | int) and config[key] > 0
-    ]
+            refuse(what, key, config[key], repr(value))
+    check_known(config, required.keys() | known | _HARMLESS, what)
+    notes = []
+    for key in ("dropout", "stochastic_depth"):
+        if not is_number(value := config.get(key, 0.0)):
+            refuse(what, key, value, "a number")
+        if value > 0:
+            notes.append(f"{key} = {value} is not taken over")
     values = _from_lora(head, config, notes, what) if lora else _from_bottleneck(head, config, what)
     places = values.pop("places")
     default = (
         [_MATRICES["q"], _MATRICES["v"]] if lora else list(_PLACES if values["kind"] == "houlsby" else _PLACES[1:])
     )
     values["target"] = _target(places, default, _left_out(config, what), depth, what)
-    name = str(head.get("name"))
-    values["name"] = name if name.isidentifier() else re.sub(r"\W|^(?=\d)", "_", name) or "_"
-    if values["name"] != name:
-        notes.append(f"the adapter's name {name!r} is {values['name']!r} here, which must be an identifier")
+    values["name"] = _name(head.get("name"), notes, what)
     return AdapterConfig(**values), notes
+
+
+def _name(name: Any, notes: list[str], what: str) -> str:
+    """The adapter's name, changed where it cannot be a submodule's."""
+    if not isinstance(name, str) or not name:
+        refuse(what, "name", name, "the adapter's name")
+    new = re.sub(r"[./\\]", "_", name)
+    while hasattr(nn.ModuleDict(), new):
+        new += "_"
+    if new != name:
+        notes.append(f"the adapter's name {name!r} is {new!r} here: the other cannot be a submodule's")
+    return new
 
 
 def _from_bottleneck(head: Mapping[str, Any], config: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -125,19 +142,19 @@ def _from_bottleneck(head: Mapping[str, Any], config: Mapping[str, Any], what: s
     kind = "parallel" if parallel else "pfeiffer" if before else "houlsby"
     residual = config.get("residual_before_ln", True)
     if not parallel and residual is not True and (before or residual is not False):
-        _refuse(what, "residual_before_ln", residual, "true")
+        refuse(what, "residual_before_ln", residual, "true")
     attention, output = bool(config.get("mh_adapter")), bool(config.get("output_adapter"))
     if attention and kind != "houlsby":
-        _refuse(what, "mh_adapter", True, f"false with {'is_parallel' if parallel else 'original_ln_before'} = true")
+        refuse(what, "mh_adapter", True, f"false with {'is_parallel' if parallel else 'original_ln_before'} = true")
     if not attention and not output:
-        _refuse(what, "output_adapter", config.get("output_adapter"), "true, or mh_adapter = true")
+        refuse(what, "output_adapter", config.get("output_adapter"), "true, or mh_adapter = true")
     scaling = config.get("scaling", 1.0)
-    if not _is_number(scaling):
-        _refuse(what, "scaling", scaling, "a number")
+    if not is_number(scaling):
+        refuse(what, "scaling", scaling, "a number")
     spoken = str(config.get("non_linearity")).lower()
     known = _RENAMED.get(spoken, spoken) if "version" not in head else spoken
     if known not in _NONLINEARITIES:
-        _refuse(what, "non_linearity", config.get("non_linearity"), ", ".join(_NONLINEARITIES))
+        refuse(what, "non_linearity", config.get("non_linearity"), ", ".join(_NONLINEARITIES))
     return {
         "kind": kind,
         "bottleneck": bottleneck_of(head.get("hidden_size"), config.get("reduction_factor"), what),
@@ -150,11 +167,11 @@ def _from_bottleneck(head: Mapping[str, Any], config: Mapping[str, Any], what: s
 def _from_lora(head: Mapping[str, Any], config: Mapping[str, Any], notes: list[str], what: str) -> dict[str, Any]:
     rank, alpha, matrices = config.get("r"), config.get("alpha"), config.get("attn_matrices", ["q", "v"])
     if type(rank) is not int or rank < 1:
-        _refuse(what, "r", rank, "a whole number of at least 1")
-    if alpha is None or not _is_number(alpha):
-        _refuse(what, "alpha", alpha, "a number")
+        refuse(what, "r", rank, "a whole number of at least 1")
+    if alpha is None or not is_number(alpha):
+        refuse(what, "alpha", alpha, "a number")
     if not isinstance(matrices, list) or not all(matrix in tuple(_MATRICES) for matrix in matrices):
-        _refuse(what, "attn_matrices", matrices, f"a list of {', '.join(_MATRICES)}")
+        refuse(what, "attn_matrices", matrices, f"a list of {', '.join(_MATRICES)}")
     if _before_1_1(str(head.get("version", ""))) and alpha != rank:
         notes.append(f"alpha = {alpha} is read as {rank}, with which {head['version']} trained it in truth")
         alpha = rank
@@ -162,7 +179,7 @@ def _from_lora(head: Mapping[str, Any], config: Mapping[str, Any], notes: list[s
     places += ["intermediate.dense"] if config.get("intermediate_lora") else []
     places += ["output.dense"] if config.get("output_lora") else []
     if not places:
-        _refuse(what, "selfattn_lora", config.get("selfattn_lora"), "at least one matrix to change")
+        refuse(what, "selfattn_lora", config.get("selfattn_lora"), "at least one matrix to change")
     return {"kind": "lora", "bottleneck": rank, "scaling": alpha / rank, "places": places}
 
 
@@ -172,9 +189,9 @@ def _before_1_1(version: str) -> bool:
 
 
 def _left_out(config: Mapping[str, Any], what: str) -> set[int]:
-    layers = config.get("leave_out") or []
+    layers = [] if config.get("leave_out") is None else config["leave_out"]
     if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
-        _refuse(what, "leave_out", layers, "numbers of layers")
+        refuse(what, "leave_out", layers, "numbers of layers")
     return set(layers)
 
 
@@ -183,7 +200,7 @@ def _target(places: list[str], default: list[str], left_out: set[int], depth: in
         return None
     layers = [str(layer) for layer in range(depth) if layer not in left_out]
     if not layers:
-        _refuse(what, "leave_out", sorted(left_out), f"fewer than all {depth} layers")
+        refuse(what, "leave_out", sorted(left_out), f"fewer than all {depth} layers")
     which = f"({'|'.join(layers)})" if left_out else r"\d+"
     return rf"^encoder\.layer\.{which}\.({'|'.join(re.escape(place) for place in places)})$"
 
@@ -253,11 +270,11 @@ def bottleneck_of(hidden: Any, factor: Any, what: str) -> int:
         CheckpointError: if the factor is not a positive number, or differs between layers.
     """
     if type(hidden) is not int or hidden < 1:
-        _refuse(what, "hidden_size", hidden, "a whole number of at least 1")
+        refuse(what, "hidden_size", hidden, "a whole number of at least 1")
     if isinstance(factor, Mapping) and len(set(map(str, factor.values()))) == 1 and "default" in factor:
         factor = factor["default"]
-    if not _is_number(factor) or not factor > 1e-6:
-        _refuse(what, "reduction_factor", factor, "one number above 0, the same in all layers")
+    if not is_number(factor) or not factor > 1e-6:
+        refuse(what, "reduction_factor", factor, "one number above 0, the same in all layers")
     return max(1, int(hidden // factor))
 
 
@@ -275,11 +292,3 @@ def reduction_factor(hidden: int, inner: int) -> int | float:
 def _whole(value: float) -> int | float:
     """A product of floats that is whole but for rounding, as the whole number that it is."""
     return round(value) if math.isclose(value, round(value), rel_tol=1e-12) else value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
-
-
-def _refuse(what: str, key: str, value: Any, allowed: str) -> NoReturn:
-    raise CheckpointError(f"{what}: {key} = {str(value)[:200]}: cannot be represented here; must be {allowed}")

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from peft_lightning.atomic import atomic_write
+from peft_lightning.atomic import atomic_write_together
 from peft_lightning.errors import CheckpointError, UsageError
-from peft_lightning.files.packed import MASK, pack, unpack
+from peft_lightning.files.packed import MASK, pack, read_record, unpack
 from peft_lightning.layers.adapters import AdapterConfig
 
 __all__ = ["ForeignAdapter", "read_json", "read_masks", "read_tensors", "write_folder"]
@@ -36,6 +36,7 @@ class ForeignAdapter:
         adapter: kind, shape and place.
         tensors: fp32, named as inside the bare backbone (``encoder.layer.0.output.adapters.NAME.adapter_up.weight``).
         masks: name of a tensor -> its bool mask, True = kept.
+        prune: how the masks were made, the settings as plain values; empty where nothing says it.
         head: the classification head's fp32 tensors under our names (``out.weight``, with ``dense.weight`` before it
             where it has two layers), or None.
         labels: the head's classes in order, or None where the file does not say.
@@ -47,6 +48,7 @@ class ForeignAdapter:
     adapter: AdapterConfig
     tensors: dict[str, Tensor]
     masks: dict[str, Tensor] = field(default_factory=dict)
+    prune: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Tensor] | None = None
     labels: tuple[str, ...] | None = None
     base: dict[str, Any] = field(default_factory=dict)
@@ -107,17 +109,27 @@ def read_tensors(folder: Path, safe: str, pickled: str, allow_bin: bool) -> dict
     return {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in content.items()}
 
 
-def read_masks(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks beside a foreign adapter, by the tensors' names inside the bare backbone; empty where there are none.
+def read_masks(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The masks beside a foreign adapter and how they were made.
+
+    Args:
+        folder: where the file of the masks is, if there is one.
+        tensors: the adapter's, by their names inside the bare backbone.
+
+    Returns:
+        Masks by the tensors' names, and the settings that made them; both empty where there is no file, and the latter
+        where it does not say.
 
     Raises:
-        CheckpointError: if the file is damaged or the tensors have changed since.
+        CheckpointError: if the file is damaged or removes everything, or the tensors have changed since.
     """
     path = folder / _MASKS
     if not path.exists():
-        return {}
+        return {}, {}
     try:
-        masks = unpack(path.read_bytes())
+        payload = path.read_bytes()
+        masks = unpack(payload)
+        record = read_record(payload)
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from error
     found = {}
@@ -132,13 +144,16 @@ def read_masks(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
                 "delete this file to import the adapter without masks"
             )
         found[name] = mask
-    return found
+    if found and not any(bool(mask.any()) for mask in found.values()):
+        raise CheckpointError(f"{path}: removes every weight of the adapter")
+    return found, record
 
 
 def write_folder(
     folder: Path,
     files: Mapping[str, Mapping[str, Any] | bytes],
     masks: Mapping[str, Tensor],
+    prune: Mapping[str, Any],
 ) -> None:
     """Write a foreign adapter's files, and the masks beside them.
 
@@ -146,12 +161,12 @@ def write_folder(
         folder: made if needed.
         files: file name -> its content; a mapping is written as JSON.
         masks: bool masks by the tensors' names inside the bare backbone; no file is written where there are none.
+        prune: how they were made, written into the same file.
     """
-    contents = dict(files)
+    contents = {
+        name: content if isinstance(content, bytes) else (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+        for name, content in files.items()
+    }
     if masks:
-        contents[_MASKS] = pack({name + MASK: mask for name, mask in masks.items()})
-    for name, content in contents.items():
-        payload = (
-            content if isinstance(content, bytes) else (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-        )
-        atomic_write(folder / name, lambda file, payload=payload: file.write(payload))  # type: ignore[misc]
+        contents[_MASKS] = pack({name + MASK: mask for name, mask in masks.items()}, prune)
+    atomic_write_together(folder, contents)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch import Tensor
 from peft_lightning.errors import CheckpointError
 from peft_lightning.files.foreign import ForeignAdapter, read_json, read_masks, read_tensors, write_folder
 from peft_lightning.files.hf_peft_config import check_config, rank_and_scaling, target_modules, target_of
+from peft_lightning.files.values import check_finite
+from peft_lightning.functional.patterns import LONGEST_PATH
 from peft_lightning.layers.adapters import AdapterConfig
 
 __all__ = ["read_peft", "write_peft"]
@@ -40,13 +42,20 @@ _RULE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pat
 _SAVED = {"roberta": ["classifier"], "bert": ["classifier", "pooler"]}
 
 
-def read_peft(folder: str | Path, *, allow_bin: bool = False, with_head: bool = True) -> ForeignAdapter:
+def read_peft(
+    folder: str | Path,
+    *,
+    allow_bin: bool = False,
+    with_head: bool = True,
+    check: Callable[[dict[str, Any]], object] | None = None,
+) -> ForeignAdapter:
     """Read a LoRA, its head where it is one of ours, and the masks beside it.
 
     Args:
         folder: has ``adapter_config.json`` and ``adapter_model.safetensors`` or ``adapter_model.bin``.
         allow_bin: read the latter; of a pickle only tensors and plain containers are.
         with_head: False passes over a head.
+        check: called with what is known of the base model (``base``) before anything else is read in detail.
 
     Raises:
         CheckpointError: if it is damaged, or asks for something that is not computed here.
@@ -67,21 +76,37 @@ def read_peft(folder: str | Path, *, allow_bin: bool = False, with_head: bool = 
     for key, tensor in lora.items():
         found = _LORA.fullmatch(key)
         assert found is not None
+        if len(key) > LONGEST_PATH:
+            raise CheckpointError(f"{folder}: {key[:LONGEST_PATH]}...: so long a name is no path of a known model's")
         site = found["path"].removeprefix(prefix)
         tensors[f"{site}.loras.{name}.{found['matrix']}"] = tensor
         paths[site] = found["path"]
+    base = _facts(config, prefix.rstrip("."), tensors)
+    if check is not None:
+        check(base)
+    check_finite(given, folder)
     rank, scaling = rank_and_scaling(config, paths, tensors, name, what)
     head = (
         _read_head({n: t for n, t in named.items() if n not in lora}, prefix.rstrip("."), folder) if with_head else None
     )
     dropout = config.get("lora_dropout")
-    notes = (f"lora_dropout = {dropout} is not taken over",) if dropout else ()
+    notes = [f"lora_dropout = {dropout} is not taken over"] if dropout else []
+    if "class" not in base and prefix in ("", "model."):
+        notes.append("the file does not say which architecture it was made for; only the shapes were compared")
     adapter = AdapterConfig(kind="lora", bottleneck=rank, scaling=scaling, target=target_of(paths), name=name)
-    base = _facts(config, prefix.rstrip("."), tensors)
     base["pooler"] = head is not None and "dense.weight" not in head
     rule = {key: config.get(key) for key in _RULE} | {"prefix": prefix}
-    masks = read_masks(folder, tensors)
-    return ForeignAdapter(adapter=adapter, tensors=tensors, masks=masks, head=head, base=base, rule=rule, notes=notes)
+    masks, prune = read_masks(folder, tensors)
+    return ForeignAdapter(
+        adapter=adapter,
+        tensors=tensors,
+        masks=masks,
+        prune=prune,
+        head=head,
+        base=base,
+        rule=rule,
+        notes=tuple(notes),
+    )
 
 
 def write_peft(folder: str | Path, given: ForeignAdapter, modules: Iterable[str]) -> None:
@@ -138,7 +163,7 @@ def write_peft(folder: str | Path, given: ForeignAdapter, modules: Iterable[str]
     # The format keeps no name of an adapter, so the masks are named as a reader will name it.
     new = AdapterConfig().name
     masks = {key.replace(f".loras.{name}.", f".loras.{new}."): mask for key, mask in given.masks.items()}
-    write_folder(Path(folder), files, masks)
+    write_folder(Path(folder), files, masks, given.prune)
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
@@ -159,6 +184,8 @@ def _facts(config: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]
     auto = config.get("auto_mapping")
     if isinstance(auto, dict) and isinstance(auto.get("base_model_class"), str):
         facts["class"] = auto["base_model_class"]
+    if config.get("base_model_name_or_path"):
+        facts["model_name"] = config["base_model_name_or_path"]
     widths = {
         tensor.shape[1]
         for name, tensor in tensors.items()

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 
-from peft_lightning.errors import CheckpointError
+from peft_lightning.errors import CheckpointError, UsageError
+from peft_lightning.files.values import check_booleans, check_known, is_number, refuse
+from peft_lightning.functional.patterns import compile_pattern
 
 __all__ = ["check_config", "claimed_sites", "rank_and_scaling", "target_modules", "target_of"]
 
@@ -46,6 +49,38 @@ _KNOWN = {
 }
 
 
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+
+def _is_choice(value: Any) -> bool:
+    return isinstance(value, str) or _is_texts(value)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_auto_mapping(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("base_model_class") or "", str)
+
+
+def _are_layers(value: Any) -> bool:
+    return all(type(layer) is int and layer >= 0 for layer in (value if isinstance(value, list) else [value]))
+
+
+# The types of what is read, where it is not null.
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **{key: (_is_choice, "text or a list of texts") for key in ("target_modules", "exclude_modules", "layers_pattern")},
+    **{key: (_is_mapping, "a mapping of regular expressions to numbers") for key in ("rank_pattern", "alpha_pattern")},
+    "auto_mapping": (_is_auto_mapping, "a mapping that names the base model's class"),
+    "base_model_name_or_path": (lambda value: isinstance(value, str), "text"),
+    "layers_to_transform": (_are_layers, "a number of a layer or a list of them"),
+    "lora_dropout": (is_number, "a number"),
+    "modules_to_save": (_is_texts, "a list of texts"),
+}
+
+
 def check_config(config: Mapping[str, Any], what: Path) -> None:
     """Refuse what asks for another function than plain LoRA.
 
@@ -54,11 +89,13 @@ def check_config(config: Mapping[str, Any], what: Path) -> None:
     """
     for key, allowed in _ALLOWED.items():
         value = config.get(key, _DEFAULTS.get(key))
-        if value not in allowed:
-            _refuse(what, key, value, " or ".join(map(repr, allowed[:2])))
-    for key in config.keys() - _ALLOWED.keys() - _KNOWN:
-        if config[key] not in (None, False, [], {}, 0):
-            _refuse(what, key, config[key], "no such setting")
+        if not any(type(value) is type(other) and value == other for other in allowed):
+            refuse(what, key, value, " or ".join(map(repr, allowed[:2])))
+    check_known(config, _ALLOWED.keys() | _KNOWN, what)
+    check_booleans(config, ("use_rslora", "inference_mode"), what)
+    for key, (fits, words) in _TYPES.items():
+        if (value := config.get(key)) is not None and not fits(value):
+            raise CheckpointError(f"{what}: {key} = {str(value)[:200]}: must be {words}")
 
 
 def claimed_sites(rule: Mapping[str, Any], linears: Iterable[str]) -> set[str]:
@@ -69,11 +106,11 @@ def claimed_sites(rule: Mapping[str, Any], linears: Iterable[str]) -> set[str]:
         linears: paths of the linear maps in the bare model.
 
     Raises:
-        CheckpointError: if a pattern is no regular expression.
+        CheckpointError: if a pattern is no regular expression, or could take too long to match.
     """
     try:
         return {path for path in linears if _claims(rule, rule["prefix"] + path)}
-    except (re.error, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"adapter_config.json: the choice of modules cannot be read ({error})") from None
 
 
@@ -81,40 +118,38 @@ def rank_and_scaling(
     config: Mapping[str, Any], paths: Mapping[str, str], tensors: Mapping[str, Tensor], name: str, what: Path
 ) -> tuple[int, float]:
     """The one rank and the one scaling of all matrices, after the patterns that may change either."""
-    found = set()
+    found: set[tuple[int, float]] = set()
+    ranks, alphas = (_patterns(config, key, what) for key in ("rank_pattern", "alpha_pattern"))
     for path in paths.values():
-        rank = _patterned(config, "rank_pattern", path, config.get("r"), what)
-        alpha = _patterned(config, "alpha_pattern", path, config.get("lora_alpha"), what)
+        rank: Any = next((value for pattern, value in ranks if pattern.match(path)), config.get("r"))
+        alpha: Any = next((value for pattern, value in alphas if pattern.match(path)), config.get("lora_alpha"))
         if type(rank) is not int or not 1 <= rank < 1e9:
-            _refuse(what, "r", rank, "a whole number of at least 1")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
-            _refuse(what, "lora_alpha", alpha, "a number")
+            refuse(what, "r", rank, "a whole number of at least 1")
+        if not is_number(alpha):
+            refuse(what, "lora_alpha", alpha, "a number")
         found.add((rank, alpha))
     for index, pattern in enumerate(("rank_pattern", "alpha_pattern")):
         if len({key[index] for key in found}) > 1:
-            _refuse(what, pattern, config.get(pattern), "the same value for all modules")
+            refuse(what, pattern, config.get(pattern), "the same value for all modules")
     ((rank, alpha),) = found
     wrong = []
     for site in paths:
         pair = [tensors.get(f"{site}.loras.{name}.lora_{matrix}") for matrix in "AB"]
         shapes = [tuple(tensor.shape) if tensor is not None else "missing" for tensor in pair]
-        ranks = [t.shape[i] if t is not None and t.ndim == 2 else None for t, i in zip(pair, (0, -1), strict=True)]
-        if ranks != [rank, rank]:
+        inner = [t.shape[i] if t is not None and t.ndim == 2 else None for t, i in zip(pair, (0, -1), strict=True)]
+        if inner != [rank, rank]:
             wrong.append(f"{site} (A {shapes[0]}, B {shapes[1]})")
     if wrong:
         raise CheckpointError(f"{what}: r = {rank}, but {len(wrong)} modules differ: {', '.join(wrong[:4])}")
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def _patterned(config: Mapping[str, Any], key: str, path: str, default: Any, what: Path) -> Any:
+def _patterns(config: Mapping[str, Any], key: str, what: Path) -> list[tuple[re.Pattern[str], Any]]:
     patterns = config.get(key) or {}
     try:
-        for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-    except (re.error, AttributeError) as error:
-        _refuse(what, key, f"{patterns} ({error})", "a mapping of regular expressions to numbers")
-    return default
+        return [(compile_pattern(rf"(.*\.)?({text})$", key, whole=True), value) for text, value in patterns.items()]
+    except UsageError as error:
+        raise CheckpointError(f"{what}: {error}") from None
 
 
 def target_of(sites: Iterable[str]) -> str:
@@ -147,7 +182,8 @@ def _claims(rule: Mapping[str, Any], path: str) -> bool:
     excluded, chosen = rule.get("exclude_modules"), rule.get("target_modules")
     if excluded and _named(excluded, path):
         return False
-    if any(re.match(rf"(^|.*\.){saved}($|\..*)", path) for saved in rule.get("modules_to_save") or ()):
+    saved = rule.get("modules_to_save") or ()
+    if any(_pattern(rf"(^|.*\.){name}($|\..*)", "modules_to_save").match(path) for name in saved):
         return False
     if not chosen or not _named(chosen, path):
         return False
@@ -156,7 +192,7 @@ def _claims(rule: Mapping[str, Any], path: str) -> bool:
         return True
     patterns = rule.get("layers_pattern") or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", path)
+        found = _pattern(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", "layers_pattern").match(path)
         if found:
             return int(found["layer"]) in ([layers] if isinstance(layers, int) else layers)
     return False
@@ -164,9 +200,10 @@ def _claims(rule: Mapping[str, Any], path: str) -> bool:
 
 def _named(choice: Any, path: str) -> bool:
     if isinstance(choice, str):
-        return choice == "all-linear" or re.fullmatch(choice, path) is not None
+        return choice == "all-linear" or _pattern(choice, "target_modules").fullmatch(path) is not None
     return any(path == name or path.endswith(f".{name}") for name in choice)
 
 
-def _refuse(what: Path, key: str, value: Any, allowed: str) -> NoReturn:
-    raise CheckpointError(f"{what}: {key} = {str(value)[:200]}: cannot be represented here; must be {allowed}")
+@lru_cache(maxsize=256)
+def _pattern(text: str, key: str) -> re.Pattern[str]:
+    return compile_pattern(text, key, whole=True)

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from peft_lightning.atomic import atomic_write
+from peft_lightning.atomic import atomic_write_together
 from peft_lightning.errors import CheckpointError
 from peft_lightning.files.packed import pack, unpack
 
@@ -53,9 +53,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
     manifest = content.get(MANIFEST_KEY)
     if not isinstance(manifest, dict) or "state_dict" not in content:
         raise CheckpointError(f"{path}: was not written by peft_lightning (it has no manifest)")
-    if manifest.get("format") != FORMAT:
+    if type(manifest.get("format")) is not int or manifest["format"] != FORMAT:
         raise CheckpointError(
-            f"{path}: format {manifest.get('format')} is not the format {FORMAT} that is read here; "
+            f"{path}: format {repr(manifest.get('format'))[:100]} is not the format {FORMAT} that is read here; "
             "use the version of peft_lightning that wrote it, or train again"
         )
     for key, kind in (("class", str), ("hyper_parameters", dict)):
@@ -91,17 +91,14 @@ def _read_adapter(folder: Path) -> dict[str, Any]:
 
 
 def write_adapter(folder: str | Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
-    """Write an adapter's folder; the manifest is written last, so that a half-written folder cannot be read.
+    """Write an adapter's folder; the manifest's SHA-256 keeps a half-replaced one from being read.
 
     Args:
-        folder: made if needed; an adapter in it is replaced.
+        folder: made if needed; an adapter in it is replaced, and stays if the disk refuses.
         tensors: what the method trained, and its masks (``X_mask`` beside ``X``), which are packed.
         manifest: JSON-able description; ``sha256`` is added.
     """
-    folder = Path(folder)
     payload = pack(tensors)
     described = {**manifest, "sha256": hashlib.sha256(payload).hexdigest()}
-    (folder / "manifest.json").unlink(missing_ok=True)
-    atomic_write(folder / "adapter.safetensors", lambda file: file.write(payload))
     text = json.dumps(described, indent=2, sort_keys=True) + "\n"
-    atomic_write(folder / "manifest.json", lambda file: file.write(text.encode()))
+    atomic_write_together(folder, {"adapter.safetensors": payload, "manifest.json": text.encode()})

@@ -8,7 +8,8 @@ under the file's checksum: it groups the names that differ in their layer number
     {"names": [before, after], "layers": [[start, stop], ...], "shape": [...], "dtype": "float32", "masked": true}
 
 A group without ``layers`` is one name, ``names`` holding it alone. ``masked`` means that only the entries where the
-bool tensor ``<name>_mask`` is True are stored; the others are zeros.
+bool tensor ``<name>_mask`` is True are stored; the others are zeros. A file
+of masks may say how they were made: its index is then ``{"tensors": [groups], "record": {...}}``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-__all__ = ["MASK", "pack", "unpack"]
+__all__ = ["MASK", "pack", "read_record", "unpack"]
 
 MASK = "_mask"
 """What the name of a tensor's mask adds to the tensor's."""
@@ -53,13 +54,14 @@ class _Entry:
         return prod(self.shape)
 
 
-def pack(state: Mapping[str, Tensor]) -> bytes:
+def pack(state: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -> bytes:
     """Serialise tensors; those with masks packed, and plainly named where none has a mask.
 
     Args:
         state: name -> tensor; the mask of a tensor ``X`` is the bool tensor ``X_mask`` of its shape. A tensor with a
             value other than zero where its mask is False is stored whole, so nothing is ever lost. (Of a removed
             weight only the sign of its zero is.)
+        record: plain values to keep in the index, where there are masks; :func:`read_record` reads them.
 
     Returns:
         The content of a safetensors file.
@@ -81,7 +83,9 @@ def pack(state: Mapping[str, Tensor]) -> bytes:
     bits = torch.cat(pieces.pop("bool"))
     stored = {f"values.{dtype}": torch.cat(parts) for dtype, parts in pieces.items()}
     stored["bits"] = torch.from_numpy(np.packbits(bits.numpy()))
-    return save_safetensors(stored, metadata={_KEY: json.dumps(groups, separators=(",", ":"))})
+    # One entry, for the order of several is random in the file.
+    index = {"tensors": groups, "record": dict(sorted(record.items()))} if record else groups
+    return save_safetensors(stored, metadata={_KEY: json.dumps(index, separators=(",", ":"))})
 
 
 def unpack(payload: bytes) -> dict[str, Tensor]:
@@ -106,6 +110,20 @@ def unpack(payload: bytes) -> dict[str, Tensor]:
     if stored:
         raise ValueError(f"the index does not speak of {', '.join(sorted(stored))}")
     return {name: state[name] for name in by_name}
+
+
+def read_record(payload: bytes) -> dict[str, Any]:
+    """The record that :func:`pack` was given, empty where there was none; :func:`unpack` must have read the file.
+
+    Raises:
+        ValueError: if the record is no mapping.
+    """
+    index = _metadata(payload).get(_KEY)
+    content = json.loads(index) if index is not None else []
+    record = content.get("record", {}) if isinstance(content, dict) else {}
+    if not isinstance(record, dict):
+        raise ValueError("the index has a record that is no mapping")
+    return record
 
 
 def _is_masked(name: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -165,6 +183,8 @@ def _checked(text: str) -> list[dict[str, Any]]:
         groups = json.loads(text)
     except RecursionError:
         raise ValueError("the index is nested too deeply") from None
+    if isinstance(groups, dict) and groups.keys() <= {"tensors", "record"}:
+        groups = groups.get("tensors")
     if not isinstance(groups, list):
         raise ValueError("the index is no list")
     count = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,39 @@ def test_export(format: str, ours: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert ("the head stays behind" in printed) == (format == "peft")
     own = {"adapter.safetensors", "manifest.json"}
     assert own == {path.name for path in out.iterdir()} or (out / "peft_lightning_masks.safetensors").exists()
+
+
+def test_the_current_folder_and_links(
+    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.chdir(tmp_path / "here")
+    export = ["export", "--ckpt_path", str(ours), "--format", "adapterhub", "--out"]
+    main([*export, "."])
+    main([*export, "../link"])
+    names = {path.name for path in (tmp_path / "here").iterdir()}
+    assert "adapter_config.json" in names and {path.name for path in (tmp_path / "there").iterdir()} == names
+    assert Path.cwd() == tmp_path / "here" and (tmp_path / "link").is_symlink()
+    assert "out = .: exists already and is not empty" in refused(*export, ".", status=2, capsys=capsys)
+    assert "out = ../loop: exists already" in refused(*export, "../loop", status=2, capsys=capsys)
+    assert {path.name for path in tmp_path.iterdir()} >= {"here", "there", "link", "loop", "ours"}
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_only_our_own_warnings_are_notes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_lightning.exchange import ExchangeWarning
+
+    def export(*args: Any, **options: Any) -> None:
+        warnings.warn("from a library, about a line of ours", UserWarning, stacklevel=2)
+        warnings.warn("from here", ExchangeWarning, stacklevel=2)
+
+    monkeypatch.setattr("peft_lightning.exchange.export_adapter", export)
+    with pytest.warns(UserWarning, match="from a library"):
+        main(["export", "--ckpt_path", "x", "--format", "peft", "--out", "y"])
+    assert capsys.readouterr().out == "note: from here\nwrote y\n"
 
 
 def test_import_gives_a_folder_that_load_reads(

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from peft_lightning import FineTuneModule, SparseAdapterModule, load
 from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.exchange import export_adapter, import_adapter
+from peft_lightning.files.adapterhub import read_adapterhub
+from peft_lightning.files.foreign import write_folder
 from peft_lightning.files.manifest import write_adapter
 from tests.toy import build, data, tiny, trainer
 
@@ -56,7 +58,13 @@ def test_adapterhub_there_and_back(kind: str, sparsity: float, tmp_path: Path) -
     back = again(tmp_path / "out")
     assert_same_state(back, module)
     assert torch.equal(logits(back), logits(module))
-    assert back.summary()["kept_weights"] == module.summary()["kept_weights"]
+    ours, theirs = module.summary(), back.summary()
+    assert {key: theirs[key] for key in ours if key != "adapters"} == {k: v for k, v in ours.items() if k != "adapters"}
+    if sparsity:
+        assert back.prune == module.prune and back.prune.score == "random"
+    export_adapter(back, tmp_path / "again", format="adapterhub")
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("target", [r"layer\.1\.", r"\.attention\.output$", r"\.\d\.output$"])
@@ -75,8 +83,79 @@ def test_large_sparse_keeps_its_width_and_its_scaling(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())["config"]
     assert (config["r"], config["alpha"]) == (8, 4)
     back = again(tmp_path / "out")
+    assert (back.prune.multiplier, back.adapter.bottleneck, back.prune.sparsity) == (4, 2, None)
+    assert back.summary()["trained_parameters"] == module.summary()["trained_parameters"]
     assert_same_state(back, module)
     assert torch.equal(logits(back), logits(module))
+
+
+def edit_masks(folder: Path, prune: dict[str, Any]) -> None:
+    given = read_adapterhub(folder)
+    write_folder(folder, {}, given.masks, prune)
+
+
+def test_masks_without_a_record_are_given(tmp_path: Path) -> None:
+    module = pruned()
+    export_adapter(module, tmp_path / "out", format="adapterhub")
+    edit_masks(tmp_path / "out", {})
+    back = again(tmp_path / "out")
+    assert_same_state(back, module)
+    assert (back.prune.score, back.summary()["score"]) == ("given", "given")
+    assert back.prune.sparsity == pytest.approx(1 - module.summary()["kept_share"])
+    export_adapter(back, tmp_path / "again", format="adapterhub")
+    assert again(tmp_path / "again").prune == back.prune
+    trainer(max_steps=2).fit(back, datamodule=data())
+    assert back.summary()["kept_weights"] == module.summary()["kept_weights"]
+
+
+def test_masks_before_the_fit_that_makes_them(tmp_path: Path) -> None:
+    """Nothing is removed yet, and the setting says what will be."""
+    module = build(SparseAdapterModule, adapter={"bottleneck": 3, "name": "mine"}, prune={"score": "random"})
+    export_adapter(module, tmp_path / "out", format="adapterhub")
+    back = again(tmp_path / "out")
+    assert back.prune == module.prune and back.summary()["kept_share"] == 1.0
+    edit_masks(tmp_path / "out", {})
+    assert not again(tmp_path / "out").prune.active
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"score": "best"}, "prune.score = 'best'"),
+        ({"sparsity": "0.4"}, "prune.sparsity = '0.4'"),
+        ({"ghost": 1}, "ghost"),
+        ({"sparsity": 0.9}, "sparsity = 0.9, and .* weights are removed"),
+        ({"sparsity": 0.0}, "sparsity = 0.0, and .* weights are removed"),
+        ({"multiplier": 4}, "multiplier = 4, and the bottleneck is 3"),
+    ],
+)
+def test_a_record_that_does_not_belong_to_the_masks(prune: dict[str, Any], message: str, tmp_path: Path) -> None:
+    export_adapter(pruned(), tmp_path / "out", format="adapterhub")
+    edit_masks(tmp_path / "out", prune)
+    with pytest.raises(CheckpointError, match=f"out: the record of how its masks were made.*{message}"):
+        again(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["sst-2", "a dash-and spaces", "ä", "2nd"])
+def test_names_that_are_no_identifiers_stay(name: str, tmp_path: Path) -> None:
+    export_adapter(pruned(adapter={"name": name}), tmp_path / "one", format="adapterhub")
+    back = again(tmp_path / "one")
+    assert back.adapter.name == name
+    export_adapter(back, tmp_path / "two", format="adapterhub")
+    assert (
+        load_file(tmp_path / "one/adapter.safetensors").keys() == load_file(tmp_path / "two/adapter.safetensors").keys()
+    )
+
+
+@pytest.mark.parametrize("format", ["adapterhub", "peft"])
+def test_the_base_model_is_compared_before_masks_and_tensors_are_read(format: str, tmp_path: Path) -> None:
+    export_adapter(pruned("lora"), tmp_path / "out", format=format, head=False)
+    file = next((tmp_path / "out").glob("adapter*.safetensors"))
+    save_file({name: tensor * float("nan") for name, tensor in load_file(file).items()}, file)
+    (tmp_path / "out" / "peft_lightning_masks.safetensors").write_bytes(b"damaged")
+    backbone = {**tiny(), "config": {**tiny()["config"], "num_hidden_layers": 4, "hidden_size": 64}}
+    with pytest.raises(CheckpointError, match="hidden_size 32 here 64.*num_hidden_layers 2 here 4"):
+        again(tmp_path / "out", backbone=backbone)
 
 
 @pytest.mark.parametrize("head", ["dense", "linear"])
@@ -145,6 +224,9 @@ def test_options_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UsageError, match="full: exists already and is not empty"):
         export_adapter(module, tmp_path / "full", format="adapterhub")
+    (tmp_path / "empty").mkdir()
+    export_adapter(module, tmp_path / "empty", format="adapterhub")
+    assert_same_state(again(tmp_path / "empty"), module)
     with pytest.raises(UsageError, match="FineTuneModule: has no adapters"):
         export_adapter(build(FineTuneModule), tmp_path / "a", format="adapterhub")
     export_adapter(module, tmp_path / "a", format="adapterhub")

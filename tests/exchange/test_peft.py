@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from peft_lightning import SparseAdapterModule
 from peft_lightning.backbones.build import BackboneConfig, build_backbone
 from peft_lightning.errors import CheckpointError
-from peft_lightning.exchange import export_adapter, import_adapter
+from peft_lightning.exchange import ExchangeWarning, export_adapter, import_adapter
 from tests.toy import build
 
 SIZES = {
@@ -164,6 +165,58 @@ def test_peft_reloads_our_lora_with_its_head(model_type: str, tmp_path: Path) ->
 def test_a_head_that_stays_behind_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="the head stays behind"):
         export_adapter(module("bert"), tmp_path / "out", format="peft")
+
+
+def recorded(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("made_for", "recorded_class", "fits"),
+    [
+        ("bert", "BertModel", True),
+        ("bert", "BertForMaskedLM", True),
+        ("bert", "BertGenerationEncoder", False),
+        ("bert", "BertForged", False),
+        ("qwen2", "Qwen2ForCausalLM", True),
+        ("qwen2", "Qwen2MoeModel", False),
+        ("qwen2", "Qwen2MoeForCausalLM", False),
+        ("deberta-v2", "DebertaModel", False),
+    ],
+)
+def test_the_class_is_compared_exactly(made_for: str, recorded_class: str, fits: bool, tmp_path: Path) -> None:
+    export_adapter(module(made_for), tmp_path / "out", format="peft", head=False)
+    recorded(tmp_path / "out", auto_mapping={"base_model_class": recorded_class})
+    if fits:
+        with pytest.warns(UserWarning, match="the head is new"):
+            import_adapter(tmp_path / "out", task="toy_sentiment", backbone=setting(made_for))
+    else:
+        with pytest.raises(CheckpointError, match=f"class {recorded_class} here "):
+            import_adapter(tmp_path / "out", task="toy_sentiment", backbone=setting(made_for))
+
+
+@pytest.mark.parametrize(
+    ("name", "sounds"),
+    [
+        ("google-bert/bert-base-uncased", "like bert"),
+        ("models/legal-bert-small/", "like bert"),
+        ("roberta-base", None),
+        ("distilbert-base", None),
+        ("Qwen/Qwen2.5-7B", "like qwen2"),
+        (None, None),
+    ],
+)
+def test_a_file_that_does_not_say_its_architecture_is_noted(name: Any, sounds: str | None, tmp_path: Path) -> None:
+    """The shapes fit, and nothing proves that the model does."""
+    export_adapter(module("bert"), tmp_path / "out", format="peft", head=False)
+    recorded(tmp_path / "out", auto_mapping=None, base_model_name_or_path=name, task_type="FEATURE_EXTRACTION")
+    with pytest.warns(ExchangeWarning) as caught:
+        import_adapter(tmp_path / "out", task="toy_sentiment", backbone=setting("roberta"))
+    notes = [str(warning.message) for warning in caught]
+    assert any("does not say which architecture it was made for; only the shapes were compared" in n for n in notes)
+    assert [n for n in notes if "sounds like" in n] == ([n for n in notes if f"sounds {sounds}; the backbone" in n])
+    assert any("sounds like" in n for n in notes) == (sounds is not None)
 
 
 def test_a_deeper_model_of_peft_is_refused(tmp_path: Path) -> None:

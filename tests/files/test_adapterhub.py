@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -110,6 +111,8 @@ def test_the_head_of_a_static_roberta_model(tmp_path: Path) -> None:
         ({"layers": 3}, "layers = 3.*must be 2 or 1"),
         ({"use_pooler": True}, "use_pooler = True"),
         ({"bias": False}, "bias = False"),
+        ({"layers": True}, "layers = True.*must be 2 or 1"),
+        ({"bias": 1}, "bias = 1"),
         ({"activation_function": "relu"}, "activation_function = relu.*must be tanh"),
         ({"layers": 1}, "missing: none; unexpected: heads.n.4"),
     ],
@@ -158,6 +161,11 @@ def test_masks_travel_beside_the_zeros(tmp_path: Path) -> None:
     written.write_bytes(whole[:-1])
     with pytest.raises(CheckpointError, match="masks.safetensors: damaged"):
         read_adapterhub(tmp_path)
+    gone = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    masks = {name: torch.zeros_like(mask) for name, mask in masks.items()}
+    write_adapterhub(tmp_path, adapter(tensors=gone, masks=masks))
+    with pytest.raises(CheckpointError, match="peft_lightning_masks.safetensors: removes every weight"):
+        read_adapterhub(tmp_path)
     save_file({"ghost_mask": torch.tensor([True])}, written)
     with pytest.raises(CheckpointError, match="ghost_mask is the mask of no tensor"):
         read_adapterhub(tmp_path)
@@ -186,8 +194,8 @@ def test_old_names_in_attention_and_an_odd_name(tmp_path: Path) -> None:
     rename(tmp_path, old)
     edit(tmp_path, name="sst-2", version="absent")
     given = read_adapterhub(tmp_path)
-    assert given.adapter.name == "sst_2" and given.adapter.kind == "houlsby"
-    assert_same(given.tensors, {key.replace(".n.", ".sst_2."): tensor for key, tensor in state.items()})
+    assert given.adapter.name == "sst-2" and given.notes == () and given.adapter.kind == "houlsby"
+    assert_same(given.tensors, {key.replace(".n.", ".sst-2."): tensor for key, tensor in state.items()})
 
 
 def test_two_tensors_of_one_name(folder: Path) -> None:
@@ -236,6 +244,9 @@ def test_tensors_and_configuration_must_agree(change: dict[str, Any], message: s
 def test_tensors_of_something_else(folder: Path) -> None:
     save_file({"encoder.layer.0.prefix_tunings.n.x": torch.ones(1)}, folder / "adapter.safetensors")
     with pytest.raises(CheckpointError, match="prefix_tunings.n.x is no tensor of the adapter 'n'"):
+        read_adapterhub(folder)
+    save_file({k: t for k, t in tensors().items() if k.endswith("bias")}, folder / "adapter.safetensors")
+    with pytest.raises(CheckpointError, match="a: 0 tensors differ from adapter_config.json: there are biases only"):
         read_adapterhub(folder)
     save_file({}, folder / "adapter.safetensors")
     with pytest.raises(CheckpointError, match="there are none"):
@@ -299,6 +310,50 @@ def test_pickles_only_on_request_and_only_tensors(folder: Path) -> None:
     torch.save({"x": torch.ones(2, 2).to_sparse()}, path)
     with pytest.raises(CheckpointError, match="layout torch.sparse_coo"):
         read_adapterhub(folder, allow_bin=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(value: float, tmp_path: Path) -> None:
+    for file, name in (
+        ("adapter.safetensors", "bert.encoder.layer.1.output.adapters.n.adapter_up.bias"),
+        ("model_head.safetensors", "heads.n.4.bias"),
+    ):
+        write_adapterhub(tmp_path, adapter(head=head()))
+        state = load_file(tmp_path / file)
+        state[name][1] = value
+        save_file(state, tmp_path / file)
+        with pytest.raises(CheckpointError, match=f"{name} has values that are not finite"):
+            read_adapterhub(tmp_path)
+
+
+def test_how_masks_were_made_travels_with_them(tmp_path: Path) -> None:
+    masks = {name: torch.rand(t.shape) < 0.5 for name, t in tensors().items() if name.endswith("weight")}
+    state = {name: t * masks.get(name, torch.tensor(True)) for name, t in tensors().items()}
+    prune = {"sparsity": 0.5, "score": "grasp"}
+    write_adapterhub(tmp_path, adapter(tensors=state, masks=masks, prune=prune))
+    file = tmp_path / "peft_lightning_masks.safetensors"
+    payload = file.read_bytes()
+    assert read_adapterhub(tmp_path).prune == prune
+    for _ in range(8):  # the same bytes every time
+        write_adapterhub(tmp_path, adapter(tensors=state, masks=masks, prune=dict(reversed(prune.items()))))
+        assert file.read_bytes() == payload
+    write_adapterhub(tmp_path, adapter(tensors=state, masks=masks))
+    assert read_adapterhub(tmp_path).prune == {}
+    with safe_open(file, "pt") as opened:
+        index = json.loads(opened.metadata()["peft_lightning_packed"])
+    save_file(load_file(file), file, {"peft_lightning_packed": json.dumps({"tensors": index, "record": [1]})})
+    with pytest.raises(CheckpointError, match="masks.safetensors: damaged .*record that is no mapping"):
+        read_adapterhub(tmp_path)
+
+
+def test_facts_of_the_base_model_are_checked_before_the_rest_is_read(tmp_path: Path) -> None:
+    write_adapterhub(tmp_path, adapter(tensors={name: t * float("nan") for name, t in tensors().items()}))
+    (tmp_path / "peft_lightning_masks.safetensors").write_bytes(b"damaged")
+    edit(tmp_path, config={"ln_before": True})
+    facts: list[dict[str, Any]] = []
+    with pytest.raises(CheckpointError, match="not finite"):
+        read_adapterhub(tmp_path, check=facts.append)
+    assert facts == [{"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 2}]
 
 
 def test_halves_are_read_as_fp32(folder: Path) -> None:

@@ -121,7 +121,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**HOULSBY, "non_linearity": "mish"}, "non_linearity = mish.*must be relu"),
     ({**HOULSBY, "leave_out": [0, 1, 2]}, "leave_out = .*fewer than all 3"),
     ({**HOULSBY, "leave_out": ["0"]}, "leave_out = .*numbers of layers"),
-    ({**HOULSBY, "a_new_switch": True}, "a_new_switch = True.*no such setting"),
+    ({**HOULSBY, "mh_adapter": "no"}, "mh_adapter = no: must be true or false"),
+    ({**HOULSBY, "output_adapter": None}, "output_adapter = None: must be true or false"),
+    ({**HOULSBY, "ln_before": 0}, "ln_before = 0: must be true or false"),
+    ({**HOULSBY, "is_parallel": "x" * 300}, "is_parallel = xxx.*[.]{3}: must be true or false"),
+    ({**HOULSBY, "dropout": "0.5"}, "dropout = 0.5.*must be a number"),
+    ({**HOULSBY, "stochastic_depth": float("nan")}, "stochastic_depth = nan.*must be a number"),
+    ({**HOULSBY, "leave_out": ""}, "leave_out = .*numbers of layers"),
+    ({**LORA, "output_lora": "no"}, "output_lora = no: must be true or false"),
+    ({**HOULSBY, "a_new_switch": True}, "a_new_switch = True: is not known here, so it must be off"),
     ({"architecture": "union", "configs": []}, "architecture = union"),
     ({"architecture": "prefix_tuning"}, "architecture = prefix_tuning"),
     ({**LORA, "composition_mode": "scale"}, "composition_mode = scale"),
@@ -152,10 +160,21 @@ def test_other_nonsense() -> None:
 
 def test_what_only_training_knows_is_noted() -> None:
     adapter, notes = read({**HOULSBY, "dropout": 0.1}, name="sst-2")
-    assert adapter.name == "sst_2"
+    assert adapter.name == "sst-2"
     assert any("dropout = 0.1 is not taken over" in note for note in notes)
-    assert any("'sst-2' is 'sst_2' here" in note for note in notes)
-    assert read(HOULSBY, name="2nd")[0].name == "_2nd"
+    assert len(notes) == 1
+
+
+def test_names_that_no_submodule_can_have() -> None:
+    for name, new in (("train", "train_"), ("a.b/c", "a_b_c"), ("_modules", "_modules_"), ("ä 2", "ä 2")):
+        adapter, notes = read(HOULSBY, name=name)
+        assert adapter.name == new
+        assert notes == (
+            [f"the adapter's name {name!r} is {new!r} here: the other cannot be a submodule's"] * (new != name)
+        )
+    for wrong in (None, "", 3, ["a"]):
+        with pytest.raises(CheckpointError, match="name = .*must be the adapter's name"):
+            read(HOULSBY, name=wrong)
 
 
 @pytest.mark.parametrize(

@@ -143,10 +143,22 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication = "),
     ({"trainable_token_indices": [1]}, "trainable_token_indices = "),
     ({"use_qalora": True}, "use_qalora = True"),
-    ({"a_new_switch": "on"}, "a_new_switch = on.*no such setting"),
+    ({"a_new_switch": "on"}, "a_new_switch = on: is not known here, so it must be off"),
     ({"rank_pattern": {"query": 2}}, "rank_pattern = .*the same value for all modules"),
     ({"alpha_pattern": {"query": 2}}, "alpha_pattern = .*the same value for all modules"),
-    ({"alpha_pattern": {"(": 2}}, "alpha_pattern = .*a mapping of regular expressions"),
+    ({"alpha_pattern": {"(": 2}}, "alpha_pattern = .*not a regular expression"),
+    ({"rank_pattern": {"(([a-z.0-9]+)+)+!": 4}}, "rank_pattern = .*may take too long to match"),
+    ({"use_rslora": "no"}, "use_rslora = no: must be true or false"),
+    ({"use_dora": 0}, "use_dora = 0.*must be False or None"),
+    ({"fan_in_fan_out": 0}, "fan_in_fan_out = 0"),
+    ({"lora_dropout": "x"}, "lora_dropout = x: must be a number"),
+    ({"lora_dropout": float("nan")}, "lora_dropout = nan: must be a number"),
+    ({"lora_alpha": float("nan")}, "lora_alpha = nan"),
+    ({"target_modules": [3]}, "target_modules = .*must be text or a list of texts"),
+    ({"modules_to_save": 3}, "modules_to_save = 3: must be a list of texts"),
+    ({"layers_to_transform": True}, "layers_to_transform = True: must be a number of a layer"),
+    ({"auto_mapping": ["x"]}, "auto_mapping = .*must be a mapping"),
+    ({"base_model_name_or_path": 3}, "base_model_name_or_path = 3: must be text"),
     ({"rank_pattern": [1]}, "rank_pattern = .*a mapping of regular expressions"),
     ({"r": 0}, "r = 0"),
     ({"r": "4"}, "r = 4"),
@@ -162,6 +174,51 @@ def test_what_cannot_be_represented_is_refused_by_name(change: dict[str, Any], m
     edit(folder, **change)
     with pytest.raises(CheckpointError, match=f"adapter_config.json: {message}"):
         read_peft(folder)
+
+
+def test_a_file_without_a_class_is_noted(folder: Path, tmp_path: Path) -> None:
+    edit(folder, auto_mapping=None)
+    assert "the file does not say which architecture" in read_peft(folder).notes[0]
+    assert read_peft(folder).base["model_name"] == "tiny"
+    edit(folder, auto_mapping={"base_model_class": None})
+    assert len(read_peft(folder).notes) == 1
+    write_peft(tmp_path / "b", adapter(head=HEAD), LINEARS)
+    assert read_peft(tmp_path / "b").notes == ()  # its names begin with the architecture's
+
+
+def test_values_that_are_not_finite(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    state = load_file(path)
+    name = "base_model.model.encoder.layer.1.attention.self.value.lora_B.weight"
+    state[name][0, 0] = float("inf")
+    save_file(state, path)
+    with pytest.raises(CheckpointError, match=f"{name} has values that are not finite"):
+        read_peft(folder)
+
+
+def test_facts_of_the_base_model_are_checked_before_the_rest_is_read(folder: Path) -> None:
+    edit(folder, r=3)
+    facts: list[dict[str, Any]] = []
+    with pytest.raises(CheckpointError, match="r = 3, but"):
+        read_peft(folder, check=facts.append)
+    assert facts[0]["hidden_size"] == 8 and facts[0]["class"] == "RobertaModel"
+
+
+def test_names_too_long_to_be_matched(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    long = f"base_model.model.encoder.layer.0.{'a' * 1000}.lora_A.weight"
+    save_file({**load_file(path), long: torch.ones(4, 8)}, path)
+    with pytest.raises(CheckpointError, match="so long a name is no path"):
+        read_peft(folder)
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "modules_to_save", "layers_pattern"])
+def test_expressions_that_could_match_for_ever(key: str) -> None:
+    endless = "(([a-z.0-9]+)+)+!"
+    rule: dict[str, Any] = {"target_modules": ["query"], "layers_to_transform": [0], "prefix": ""}
+    rule[key] = [endless] if key == "modules_to_save" else endless
+    with pytest.raises(CheckpointError, match="choice of modules cannot be read .*may take too long to match"):
+        claimed_sites(rule, LINEARS)
 
 
 def test_dropout_is_noted(folder: Path) -> None:

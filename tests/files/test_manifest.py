@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,38 @@ def test_a_missing_tensor_file(adapter: Path) -> None:
         read_file(adapter)
 
 
+@pytest.mark.parametrize("full", ["adapter.safetensors", "manifest.json"])
+def test_a_full_disk_leaves_the_old_adapter(adapter: Path, full: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    flush, calls = os.fsync, iter(["adapter.safetensors", "manifest.json"])
+
+    def no_space(handle: int) -> None:
+        if next(calls) == full:
+            raise OSError(28, "No space left on device")
+        flush(handle)
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        write_adapter(adapter, {"a.weight": torch.ones(3)}, SELF)
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+def test_an_adapter_that_was_replaced_by_half_cannot_be_read(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target.name == "manifest.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_adapter(adapter, {"a.weight": torch.ones(3)}, SELF)
+    with pytest.raises(CheckpointError, match="damaged or incomplete adapter .the SHA-256"):
+        read_file(adapter)
+    assert {path.name for path in adapter.iterdir()} == {"adapter.safetensors", "manifest.json"}
+
+
 def test_a_truncated_checkpoint(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "last.ckpt")
     path.write_bytes(path.read_bytes()[:-200])
@@ -89,6 +122,9 @@ def test_foreign_and_missing_files(tmp_path: Path) -> None:
         read_file(checkpoint(tmp_path / "foreign.ckpt", **{MANIFEST_KEY: None}))
     with pytest.raises(CheckpointError, match="format 1 is not the format 2.*use the version of peft_lightning that"):
         read_file(checkpoint(tmp_path / "old.ckpt", **{MANIFEST_KEY: {"format": 1}}))
+    for wrong in ("2", True, 2.0, None):
+        with pytest.raises(CheckpointError, match=f"format {wrong!r} is not the format 2"):
+            read_file(checkpoint(tmp_path / "typed.ckpt", **{MANIFEST_KEY: {**SELF, "format": wrong}}))
     with pytest.raises(CheckpointError, match="format 99 is not the format"):
         read_file(checkpoint(tmp_path / "future.ckpt", **{MANIFEST_KEY: {"format": 99}}))
 
