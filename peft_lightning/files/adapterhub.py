@@ -197,7 +197,8 @@ def _checked(
     weights = [key for key in tensors if not key.endswith("bias")]
     if wrong or not weights:
         listed = "; ".join(sorted(wrong)[:4]) or ("there are biases only" if tensors else "there are none")
-        raise CheckpointError(f"{folder}: {len(wrong)} tensors differ from adapter_config.json: {listed}")
+        many = f"{len(wrong)} tensors" if wrong else "the tensors"
+        raise CheckpointError(f"{folder}: {many} differ from adapter_config.json: {listed}")
     return {_with_name(key, new): tensor for key, tensor in tensors.items()}
 
 

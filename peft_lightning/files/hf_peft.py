@@ -189,7 +189,7 @@ def _facts(config: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]
     widths = {
         tensor.shape[1]
         for name, tensor in tensors.items()
-        if name.endswith(".lora_A") and name.split(".loras.")[0].endswith(_FROM_HIDDEN)
+        if name.endswith(".lora_A") and tensor.ndim == 2 and name.split(".loras.")[0].endswith(_FROM_HIDDEN)
     }
     if len(widths) == 1:
         facts["hidden_size"] = widths.pop()

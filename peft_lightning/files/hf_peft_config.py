@@ -180,7 +180,7 @@ def target_modules(sites: list[str], modules: set[str]) -> list[str]:
 
 def _claims(rule: Mapping[str, Any], path: str) -> bool:
     excluded, chosen = rule.get("exclude_modules"), rule.get("target_modules")
-    if excluded and _named(excluded, path):
+    if excluded and _named(excluded, path, "exclude_modules"):
         return False
     saved = rule.get("modules_to_save") or ()
     if any(_pattern(rf"(^|.*\.){name}($|\..*)", "modules_to_save").match(path) for name in saved):
@@ -198,9 +198,9 @@ def _claims(rule: Mapping[str, Any], path: str) -> bool:
     return False
 
 
-def _named(choice: Any, path: str) -> bool:
+def _named(choice: Any, path: str, key: str = "target_modules") -> bool:
     if isinstance(choice, str):
-        return choice == "all-linear" or _pattern(choice, "target_modules").fullmatch(path) is not None
+        return choice == "all-linear" or _pattern(choice, key).fullmatch(path) is not None
     return any(path == name or path.endswith(f".{name}") for name in choice)
 
 

@@ -246,7 +246,7 @@ def test_tensors_of_something_else(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="prefix_tunings.n.x is no tensor of the adapter 'n'"):
         read_adapterhub(folder)
     save_file({k: t for k, t in tensors().items() if k.endswith("bias")}, folder / "adapter.safetensors")
-    with pytest.raises(CheckpointError, match="a: 0 tensors differ from adapter_config.json: there are biases only"):
+    with pytest.raises(CheckpointError, match="a: the tensors differ from adapter_config.json: there are biases only"):
         read_adapterhub(folder)
     save_file({}, folder / "adapter.safetensors")
     with pytest.raises(CheckpointError, match="there are none"):

@@ -204,6 +204,13 @@ def test_facts_of_the_base_model_are_checked_before_the_rest_is_read(folder: Pat
     assert facts[0]["hidden_size"] == 8 and facts[0]["class"] == "RobertaModel"
 
 
+def test_matrices_that_are_none(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file({name: tensor.flatten() for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(CheckpointError, match=r"r = 4, but 4 modules differ: .*A .32,., B .32,."):
+        read_peft(folder)
+
+
 def test_names_too_long_to_be_matched(folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     long = f"base_model.model.encoder.layer.0.{'a' * 1000}.lora_A.weight"
@@ -217,7 +224,9 @@ def test_expressions_that_could_match_for_ever(key: str) -> None:
     endless = "(([a-z.0-9]+)+)+!"
     rule: dict[str, Any] = {"target_modules": ["query"], "layers_to_transform": [0], "prefix": ""}
     rule[key] = [endless] if key == "modules_to_save" else endless
-    with pytest.raises(CheckpointError, match="choice of modules cannot be read .*may take too long to match"):
+    with pytest.raises(
+        CheckpointError, match=f"choice of modules cannot be read .{key} = .*may take too long to match"
+    ):
         claimed_sites(rule, LINEARS)
 
 
