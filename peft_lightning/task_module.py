@@ -159,16 +159,19 @@ class TaskModule(MethodModule):
                 f"the module is for {self.task.name} ({self.task.kind}: {', '.join(self.task.labels)})"
             )
 
-    def _check_length(self, max_length: int) -> None:
+    def positions(self) -> int | None:
+        """How many tokens the backbone has positions for, or None where there is no such limit."""
         positions = getattr(getattr(self.backbone, "embeddings", None), "position_embeddings", None)
         if isinstance(positions, nn.Embedding):
             # RoBERTa counts positions from behind the padding's
-            most = positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
-        elif hasattr(getattr(self.backbone, "encoder", None), "embed_positions"):  # BART
-            most = cast(Any, self.backbone.config).max_position_embeddings
-        else:
-            return
-        if max_length > most:
+            return positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+        if hasattr(getattr(self.backbone, "encoder", None), "embed_positions"):  # BART
+            return int(cast(Any, self.backbone.config).max_position_embeddings)
+        return None
+
+    def _check_length(self, max_length: int) -> None:
+        most = self.positions()
+        if most is not None and max_length > most:
             raise UsageError(f"max_length = {max_length}: the backbone has {most} positions")
 
     # -- steps -----------------------------------------------------------------------------------------------

@@ -77,6 +77,7 @@ def _import(words: list[str]) -> None:
     parser.add_argument("--task", required=True, help="name of a row of the task table")
     parser.add_argument("--backbone", required=True, help="folder or hub name of the model the adapter was made for")
     parser.add_argument("--tokenizer", help="folder or hub name, if it is not the backbone's own")
+    parser.add_argument("--dtype", default="float32", help="what the backbone is held in: float32 or bfloat16")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--allow_bin", action="store_true", help="read pickled tensors (.bin), and nothing but tensors")
     parser.add_argument("--new_head", action="store_true", help="pass over the folder's head and begin with a new one")
@@ -86,7 +87,7 @@ def _import(words: list[str]) -> None:
     module = import_adapter(
         given.source,
         task=given.task,
-        backbone={"name": given.backbone, "tokenizer": given.tokenizer},
+        backbone={"name": given.backbone, "tokenizer": given.tokenizer, "dtype": given.dtype},
         allow_bin=given.allow_bin,
         new_head=given.new_head,
     )

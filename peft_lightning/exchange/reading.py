@@ -45,10 +45,11 @@ def import_adapter(
         backbone: the model that the adapter was made for; a folder, a hub name, or a ``BackboneConfig``.
         allow_bin: read pickled tensors (``.bin``); nothing but tensors and plain containers is.
         new_head: pass over the folder's head and begin with a new one.
-        options: further arguments of :class:`SparseAdapterModule`, such as ``optim``.
+        options: further arguments of :class:`SparseAdapterModule`, such as ``optim``. ``max_length`` is the usual one,
+            or the backbone's number of positions where that is smaller.
 
     Returns:
-        The module, in evaluation mode (call ``train()`` before a fit). Warnings say what was not taken over, and that
+        The module, in evaluation mode. Warnings say what was not taken over, and that
         a head is new.
 
     Raises:
@@ -72,6 +73,9 @@ def import_adapter(
     module = SparseAdapterModule(task=task, backbone=config, adapter=adapter, prune=prune, **{"head": style, **options})
     _check_classes(given, module, folder)
     module.configure_model()
+    if "max_length" not in options:  # what fits a large backbone may be too long for this one
+        module.max_length = min(module.max_length, module.positions() or module.max_length)
+        module.record(max_length=module.max_length)
     _fill(module, given, folder)
     notes = [*given.notes, *note_on_name(given, here)]
     if given.head is None:

@@ -117,6 +117,10 @@ def test_import_gives_a_folder_that_load_reads(
     main(["export", "--ckpt_path", str(back), "--format", "adapterhub", "--out", str(tmp_path / "again")])
     for file in ("adapter.safetensors", "model_head.safetensors"):
         assert (hub / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    half = tmp_path / "half"
+    words = ["import", "--from", str(hub), "--task", "mrpc", "--backbone", str(backbone), "--out", str(half)]
+    main([*words, "--dtype", "bfloat16"])
+    assert load(half).backbone.dtype == torch.bfloat16
 
 
 def test_a_new_head_is_said_and_stays_out_of_the_next_export(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from peft_lightning import SparseAdapterModule, Task
+from peft_lightning import SparseAdapterModule, Task, load
 from peft_lightning.errors import CheckpointError
 from peft_lightning.exchange import export_adapter, import_adapter
 
@@ -70,6 +70,16 @@ def test_outputs_and_the_way_back(case: str, fixtures: Path, tmp_path: Path) -> 
     }
     assert after["model_name"] == "backbone"  # no path of this machine
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter.safetensors", "adapter_config.json"}
+
+
+def test_answers_on_a_backbone_with_few_positions(fixtures: Path, tmp_path: Path) -> None:
+    """The fixtures' backbones have 40 positions, and RoBERTa's count from 2: less than a text may usually have."""
+    for family, positions in (("bert", 40), ("roberta", 38)):
+        backbone = {"name": str(fixtures / family / "backbone"), "tokenizer": "toy"}
+        module = import_adapter(fixtures / family / "seq_bn", task="toy_sentiment", backbone=backbone)
+        export_adapter(module, tmp_path / family, format="peft_lightning")
+        assert load(tmp_path / family).max_length == positions
+        assert load(tmp_path / family).predict(["the cat is good " * 20])[0]["label"]
 
 
 def test_a_head_comes_along(fixtures: Path, tmp_path: Path) -> None:
