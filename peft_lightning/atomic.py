@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ def atomic_write_together(folder: str | Path, contents: Mapping[str, bytes]) -> 
 
 
 @contextmanager
-def fresh_folder(folder: str | Path) -> Iterator[Path]:
+def fresh_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder whose files take their places in ``folder`` when all are written.
 
     They are all gone if anything fails. A folder that does not exist appears whole. Into an existing one, which may be
@@ -71,12 +72,14 @@ def fresh_folder(folder: str | Path) -> Iterator[Path]:
 
     Args:
         folder: new or empty. Its parents are made if needed. Only files are written into it, no folders.
+        replace: whether a folder with files gives way. It is moved aside before the new one takes its place, and then
+            deleted, so that a reader sees the old folder, or the new one, or for a moment none.
 
     Raises:
-        UsageError: if ``folder`` holds files or is one.
+        UsageError: if ``folder`` is a file, or holds files and may not be replaced.
     """
     given, folder = folder, Path(os.path.realpath(folder))
-    exists = os.path.lexists(folder)
+    exists = os.path.lexists(folder) and not (replace and folder.is_dir())
     if exists and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"out = {given}: exists already and is not empty; name a new folder")
     temporary = (folder / "new" if exists else folder).with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
@@ -86,7 +89,7 @@ def fresh_folder(folder: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         if not exists:
-            temporary.replace(folder)
+            _take_place(temporary, folder)
         for path in sorted(temporary.iterdir(), key=lambda path: path.name in _LAST) if exists else ():
             moved.append(folder / path.name)
             path.replace(moved[-1])
@@ -99,6 +102,21 @@ def fresh_folder(folder: str | Path) -> Iterator[Path]:
             for path in temporary.iterdir():
                 path.unlink()
             temporary.rmdir()
+
+
+def _take_place(temporary: Path, folder: Path) -> None:
+    """Rename a folder over another one, which is deleted."""
+    if not folder.exists():
+        temporary.replace(folder)
+        return
+    aside = folder.with_name(f"{temporary.name}.old")
+    folder.replace(aside)
+    try:
+        temporary.replace(folder)
+    except BaseException:
+        aside.replace(folder)
+        raise
+    shutil.rmtree(aside)
 
 
 def _written(path: Path, write: Callable[[BinaryIO], object]) -> Path:

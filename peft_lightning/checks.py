@@ -9,7 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from peft_lightning.errors import UsageError
 
-__all__ = ["check_types"]
+__all__ = ["check_choices", "check_types"]
 
 
 def check_types(settings: Any, group: str) -> None:
@@ -30,6 +30,24 @@ def check_types(settings: Any, group: str) -> None:
         if not _fits(value, hint):
             wanted = str(hint) if get_origin(hint) else hint.__name__
             raise UsageError(f"{group}.{field.name} = {value!r}: must be of type {wanted}, and finite")
+
+
+def check_choices(settings: Any, group: str, **choices: tuple[str, ...]) -> None:
+    """Compare fields with what they may be; None passes where the field may be None.
+
+    Args:
+        settings: an instance of a dataclass.
+        group: what its options are called.
+        choices: field -> allowed values.
+
+    Raises:
+        UsageError: names the option, the value and what is allowed.
+    """
+    hints = get_type_hints(type(settings))
+    for name, allowed in choices.items():
+        value = getattr(settings, name)
+        if value not in allowed and not (value is None and _fits(None, hints[name])):
+            raise UsageError(f"{group}.{name} = {value!r}: must be one of {', '.join(allowed)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

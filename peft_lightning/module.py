@@ -50,6 +50,7 @@ class MethodModule(L.LightningModule, ABC):
         self._recorded_fingerprint: Mapping[str, Any] | None = None
         self.run_config: dict[str, Any] = {}
         self._built = False
+        self.skipped_steps = 0
         self._totals: list[Tensor] = []
         self._weights: list[Tensor] = []
         self.record(optim=self.optim, seed=seed)
@@ -207,18 +208,31 @@ class MethodModule(L.LightningModule, ABC):
                     parameter.grad.mul_(factor.to(parameter.grad.dtype))
         step = self.trainer.global_step + 1
         every: int = getattr(self.trainer, "log_every_n_steps", 0)
-        due = bool(every) and step % every == 0
-        if due or self.device.type == "cpu":  # elsewhere looking at a number makes the device wait
+        due, skips = bool(every) and step % every == 0, self.optim.non_finite == "skip"
+        if due or skips or self.device.type == "cpu":  # elsewhere looking at a number makes the device wait
             loss = float(self.trainer.strategy.reduce(totals.sum() / weights.sum(), reduce_op="mean"))
             if not np.isfinite(loss):
-                raise PeftLightningError(f"the training loss is {loss} at step {step}; {_REMEDY}")
-            if due:
+                self._refuse_step(loss, step)
+            elif due:
                 self._log_loss(loss, optimizer.param_groups[0]["lr"], step)
+
+    def _refuse_step(self, loss: float, step: int) -> None:
+        """Stop, or take the gradients away, so that the optimiser changes neither weights nor moments."""
+        if self.optim.non_finite == "stop":
+            raise PeftLightningError(f"the training loss is {loss} at step {step}; {_REMEDY}, or optim.non_finite skip")
+        for parameter in self.trainable_parameters().values():
+            parameter.grad = None
+        self.skipped_steps += 1
+        self.write_log({"train/skipped_steps": float(self.skipped_steps)}, step)
 
     def _log_loss(self, loss: float, lr: float, step: int) -> None:
         self.log("train/loss", loss, prog_bar=True, logger=False)
+        self.write_log({"train/loss": loss, "lr": lr}, step)
+
+    def write_log(self, values: dict[str, float], step: int) -> None:
+        """Write numbers to all loggers at once, before a checkpoint of the same step."""
         for logger in self.trainer.loggers:
-            logger.log_metrics({"train/loss": loss, "lr": lr}, step)
+            logger.log_metrics(values, step)
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 
@@ -239,7 +253,11 @@ class MethodModule(L.LightningModule, ABC):
         Raises:
             PeftLightningError: if a tensor is not finite: the last good file stays.
         """
-        state = {name: t.detach().clone() for name, t in self.owned_state().items()}
+        copies: dict[tuple[Any, ...], Tensor] = {}  # tied weights stay one tensor
+        state = {
+            name: copies.setdefault((t.data_ptr(), t.shape) if t.numel() else (name,), t.detach().clone())
+            for name, t in self.owned_state().items()
+        }
         bad = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
         if bad:
             raise PeftLightningError(
@@ -248,6 +266,7 @@ class MethodModule(L.LightningModule, ABC):
             )
         checkpoint["state_dict"] = state
         checkpoint[MANIFEST_KEY] = self.manifest()
+        checkpoint["skipped_steps"] = self.skipped_steps
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load all that the method owns; the frozen backbone may be among the tensors but need not.
@@ -268,6 +287,7 @@ class MethodModule(L.LightningModule, ABC):
             UsageError: names a setting that the file decides and that differs here.
         """
         self._recorded_fingerprint = checkpoint.get(MANIFEST_KEY, {}).get("backbone") or {}
+        self.skipped_steps = int(checkpoint.get("skipped_steps", 0))
         self.configure_model()
         self.identify(self.backbone_fingerprint)
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"

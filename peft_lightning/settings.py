@@ -27,6 +27,8 @@ class OptimConfig:
         eps: Adam's epsilon.
         warmup: share of all optimizer steps over which the rate rises from 0.
         schedule: what follows the warm-up: linear or cosine to 0, or constant.
+        non_finite: what happens when a step's loss is not finite: stop, or skip (the step changes nothing and is
+            counted; on a GPU every step then waits for its loss).
 
     Raises:
         UsageError: if a value is not allowed.
@@ -38,6 +40,7 @@ class OptimConfig:
     eps: float = 1e-8
     warmup: float = 0.1
     schedule: str = "linear"
+    non_finite: str = "stop"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -52,6 +55,8 @@ class OptimConfig:
             raise UsageError(f"optim.warmup = {self.warmup}: must be a share of the steps in [0, 1]")
         if self.schedule not in SCHEDULES:
             raise UsageError(f"optim.schedule = {self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
+        if self.non_finite not in ("stop", "skip"):
+            raise UsageError(f"optim.non_finite = {self.non_finite!r}: must be stop or skip")
 
     def factor(self, step: int, total: int) -> float:
         """Factor on ``lr`` at optimizer step ``step`` (from 0) of ``total``."""

@@ -14,14 +14,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
-from peft_lightning.backbones.build import (
-    BackboneConfig,
-    as_backbone_config,
-    build_backbone,
-    fingerprint,
-    load_tokenizer,
-)
+from peft_lightning.backbones.build import BackboneConfig, as_backbone_config, build_backbone, fingerprint
 from peft_lightning.backbones.families import pooling
+from peft_lightning.backbones.tokenizers import load_tokenizer
 from peft_lightning.errors import UsageError
 from peft_lightning.module import MethodModule
 from peft_lightning.settings import OptimConfig
@@ -65,6 +60,7 @@ class TaskModule(MethodModule):
         super().__init__(optim=optim, seed=seed)
         self.task = get_task(task)
         self.backbone_config = as_backbone_config(backbone)
+        _ = self.backbone_config.tokenizer_name  # without one there is nothing to read texts with
         self.kind = build_kind(self.task)
         self.head_style, self.head_dropout, self.max_length = head, head_dropout, max_length
         classes = len(self.task.labels)

@@ -7,19 +7,20 @@ import hashlib
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from peft_lightning.backbones.tokenizers import load_tokenizer
 from peft_lightning.checks import check_types
-from peft_lightning.errors import UsageError
+from peft_lightning.errors import UsageError, first_line
 
-__all__ = ["BackboneConfig", "as_backbone_config", "build_backbone", "fingerprint", "load_tokenizer"]
+__all__ = ["BackboneConfig", "as_backbone_config", "build_backbone", "build_masked_lm", "fingerprint"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -31,7 +32,8 @@ class BackboneConfig:
     Attributes:
         name: local folder or hub name of pretrained weights.
         config: instead of ``name``: ``model_type`` and options of a transformers configuration, for random weights.
-        tokenizer: folder, hub name, or ``toy``; by default the backbone's own.
+        tokenizer: folder, hub name, or ``toy``; by default the backbone's own. A backbone made from ``config`` has
+            none; in pretraining it is then the corpus's.
         revision: hub revision.
         dtype: of the backbone's weights, float32 or bfloat16; what a method adds stays float32.
         attention: auto (what transformers chooses for the architecture), sdpa or eager.
@@ -61,45 +63,23 @@ class BackboneConfig:
             raise UsageError(f"backbone.attention = {self.attention!r}: must be auto, sdpa or eager")
         if self.config is not None and "model_type" not in self.config:
             raise UsageError("backbone.config: model_type is missing (for instance bert)")
-        if self.config is not None and self.tokenizer is None:
-            raise UsageError("backbone.tokenizer: a backbone made from config needs one (a folder, a hub name, or toy)")
 
     @property
     def tokenizer_name(self) -> str:
-        """The tokenizer's folder, hub name (with ``@revision`` where the backbone has one), or ``toy``."""
-        return str(self.tokenizer_of(self.name, self.tokenizer, self.revision))
+        """The tokenizer's folder, hub name (with ``@revision`` where the backbone has one), or ``toy``.
+
+        Raises:
+            UsageError: if none is given for a backbone made from ``config``.
+        """
+        name = self.tokenizer_of(self.name, self.tokenizer, self.revision)
+        if name is None:
+            raise UsageError("backbone.tokenizer: a backbone made from config needs one (a folder, a hub name, or toy)")
+        return name
 
     @staticmethod
     def tokenizer_of(name: str | None, tokenizer: str | None, revision: str | None) -> str | None:
         """The tokenizer that goes with a backbone: the one named, or the backbone's own at the same revision."""
         return tokenizer or (f"{name}@{revision}" if name and revision else name)
-
-
-def load_tokenizer(name: str) -> Any:
-    """A tokenizer from a folder, a hub name (``name@revision`` for a revision), or the built-in ``toy`` one.
-
-    Raises:
-        UsageError: if it cannot be loaded or has no padding token.
-    """
-    if name == "toy":
-        from peft_lightning.backbones.toy import toy_tokenizer
-
-        return toy_tokenizer()
-    from transformers import AutoTokenizer
-
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded, there is no such folder")
-    try:
-        # a folder's own name may hold the sign, a hub name cannot
-        repository, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
-        tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision or None)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded ({_first_line(error)})") from error
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # as usual for decoders; the attention mask tells them apart
-    if tokenizer.pad_token_id is None:
-        raise UsageError(f"backbone.tokenizer = {name!r}: has neither padding nor end token; batches cannot be padded")
-    return tokenizer
 
 
 def build_backbone(config: BackboneConfig) -> nn.Module:
@@ -110,48 +90,86 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
     Raises:
         UsageError: if the folder or name cannot be loaded, or the configuration is not accepted.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
+
+    backbone, lacking = _build(config, AutoModel, None)
+    _refuse_lacking(config, lacking)
+    if config.gradient_checkpointing:
+        # renamed in transformers 5.23
+        enable: Any = getattr(backbone, "activation_checkpointing_enable", None)
+        (enable or cast(Any, backbone).gradient_checkpointing_enable)({"use_reentrant": False})
+    if config.compile:
+        backbone.compile()
+    return backbone.train()
+
+
+def build_masked_lm(config: BackboneConfig, words: int | None = None) -> nn.Module:
+    """Build an encoder with its head for masked language modelling, in training mode.
+
+    The settings ``compile`` and ``gradient_checkpointing`` are left to whoever drives its layers.
+
+    Args:
+        config: which; a folder without the head (or with a part of it) gets a new one, with a warning.
+        words: size of the vocabulary, where ``config.config`` does not say it; rounded up to a multiple of 64.
+
+    Raises:
+        UsageError: if it cannot be loaded or built, or its architecture has no such head.
+    """
+    from transformers import AutoModelForMaskedLM
+
+    model, lacking = _build(config, AutoModelForMaskedLM, words)
+    prefix = f"{model.base_model_prefix}."
+    _refuse_lacking(config, [name for name in lacking if name.startswith(prefix)])
+    if lacking:
+        warnings.warn(
+            f"{config.name}: has no head for masked language modelling ({len(lacking)} tensors lack); a new one begins "
+            "with random weights",
+            stacklevel=2,
+        )
+    return model.train()
+
+
+def _build(config: BackboneConfig, auto: Any, words: int | None) -> tuple[nn.Module, list[str]]:
+    """A model of an ``Auto...`` class, and the names of the tensors that its file lacks."""
+    from transformers import AutoConfig
 
     try:
         if config.config is not None:
             options = dict(config.config)
             _check_options(options)
             if "vocab_size" not in options:
-                options["vocab_size"] = _padded_vocabulary(load_tokenizer(config.tokenizer_name))
+                options["vocab_size"] = _vocabulary(config, words)
             hf_config = AutoConfig.for_model(**options)
         else:
             hf_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
         _check_heads(hf_config)
-        model_class = AutoModel._model_mapping[type(hf_config)]
+        model_class = auto._model_mapping[type(hf_config)]
         extra = {"add_pooling_layer": False} if _takes(model_class, "add_pooling_layer") else {}
         if getattr(hf_config, "use_cache", False):  # keys and values of earlier tokens serve generation only
             hf_config.use_cache = False
         if config.attention != "auto":
             hf_config._attn_implementation = config.attention
         if config.config is not None:
-            backbone = model_class(hf_config, **extra).to(DTYPES[config.dtype])
-        else:
-            with _quiet():
-                backbone, loading = model_class.from_pretrained(
-                    config.name,
-                    config=hf_config,
-                    revision=config.revision,
-                    dtype=DTYPES[config.dtype],
-                    output_loading_info=True,
-                    **extra,
-                )
-            if lacking := sorted(loading["missing_keys"]):
-                raise ValueError(f"its weights lack {len(lacking)} tensors of the encoder: {', '.join(lacking[:3])}")
+            return model_class(hf_config, **extra).to(DTYPES[config.dtype]), []
+        with _quiet():
+            model, loading = model_class.from_pretrained(
+                config.name,
+                config=hf_config,
+                revision=config.revision,
+                dtype=DTYPES[config.dtype],
+                output_loading_info=True,
+                **extra,
+            )
+        return model, sorted(loading["missing_keys"])
     except (OSError, ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
         what = f"backbone.name = {config.name!r}" if config.name else f"backbone.config = {config.config}"
-        raise UsageError(f"{what}: cannot be built ({_first_line(error)})") from error
-    if config.gradient_checkpointing:
-        # renamed in transformers 5.23
-        enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    if config.compile:
-        backbone.compile()
-    return backbone.train()
+        raise UsageError(f"{what}: cannot be built ({first_line(error)})") from error
+
+
+def _refuse_lacking(config: BackboneConfig, names: list[str]) -> None:
+    if names:
+        what = f"its weights lack {len(names)} tensors of the encoder: {', '.join(names[:3])}"
+        raise UsageError(f"backbone.name = {config.name!r}: cannot be built ({what})")
 
 
 def fingerprint(backbone: nn.Module) -> dict[str, Any]:
@@ -216,17 +234,15 @@ def _check_heads(config: Any) -> None:
         raise ValueError(f"num_attention_heads = {heads} must divide hidden_size = {config.hidden_size}")
 
 
-def _padded_vocabulary(tokenizer: Any) -> int:
-    return -(-len(tokenizer) // 8) * 8
+def _vocabulary(config: BackboneConfig, words: int | None) -> int:
+    """A size that keeps matrix products aligned."""
+    if words is None:
+        return -(-len(load_tokenizer(config.tokenizer_name)) // 8) * 8
+    return -(-words // 64) * 64
 
 
 def _takes(model_class: type, argument: str) -> bool:
     return argument in inspect.signature(model_class).parameters
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def as_backbone_config(value: BackboneConfig | Mapping[str, Any] | str) -> BackboneConfig:

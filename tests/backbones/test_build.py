@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, BertConfig, PreTrainedTokenizerFast
 
-from peft_lightning.backbones.build import BackboneConfig, build_backbone, fingerprint, load_tokenizer
+from peft_lightning.backbones.build import BackboneConfig, build_backbone, fingerprint
 from peft_lightning.backbones.families import FAMILIES, family_of, pooling
+from peft_lightning.backbones.tokenizers import load_tokenizer
 from peft_lightning.backbones.toy import toy_tokenizer
 from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.files.strict import check_fingerprint

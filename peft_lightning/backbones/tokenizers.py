@@ -1,0 +1,80 @@
+"""Tokenizers: from a folder or the hub, and as plain text, so that a checkpoint carries the one it was trained with."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_lightning.errors import CheckpointError, UsageError, first_line
+
+__all__ = ["load_tokenizer", "same_tokens", "tokenizer_files", "tokenizer_from_files"]
+
+
+def load_tokenizer(name: str) -> Any:
+    """A tokenizer from a folder, a hub name (``name@revision`` for a revision), or the built-in ``toy`` one.
+
+    Raises:
+        UsageError: if it cannot be loaded or has no padding token.
+    """
+    if name == "toy":
+        from peft_lightning.backbones.toy import toy_tokenizer
+
+        return toy_tokenizer()
+    from transformers import AutoTokenizer
+
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded, there is no such folder")
+    try:
+        # a folder's own name may hold the sign, a hub name cannot
+        repository, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+        tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision or None)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded ({first_line(error)})") from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # as usual for decoders; the attention mask tells them apart
+    if tokenizer.pad_token_id is None:
+        raise UsageError(f"backbone.tokenizer = {name!r}: has neither padding nor end token; batches cannot be padded")
+    return tokenizer
+
+
+def tokenizer_files(tokenizer: Any, length: int | None = None) -> dict[str, str]:
+    """The files of a tokenizer: name -> text.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        length: tokens at most that its model reads, where that is less than what the tokenizer says.
+    """
+    before = tokenizer.model_max_length
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer.model_max_length = before if length is None else min(before, length)
+            tokenizer.save_pretrained(folder)
+        finally:
+            tokenizer.model_max_length = before
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+
+
+def tokenizer_from_files(files: Mapping[str, str]) -> Any:
+    """The tokenizer again.
+
+    Raises:
+        CheckpointError: if the files do not make one.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in files.items():
+                if Path(name).name != name:
+                    raise ValueError(f"{name!r} is no file name")
+                (Path(folder) / name).write_text(text, encoding="utf-8")
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a damaged file leads to, it means the same
+        raise CheckpointError(f"the tokenizer in the checkpoint is damaged ({type(error).__name__})") from error
+
+
+def same_tokens(one: Any, other: Any) -> bool:
+    """Whether two tokenizers give every word the same number."""
+    return bool(one.get_vocab() == other.get_vocab())
