@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft_lightning.backbones.build import BackboneConfig
     from peft_lightning.callbacks.checkpoint import RunCheckpoint
+    from peft_lightning.data.corpus import MLMDataModule
     from peft_lightning.data.supervised import TaskDataModule
     from peft_lightning.exchange import export_adapter, import_adapter
     from peft_lightning.layers.adapters import AdapterConfig
+    from peft_lightning.layers.drop_config import DropConfig
     from peft_lightning.loading import load
     from peft_lightning.methods.fine_tune import FineTuneModule
+    from peft_lightning.methods.sctd import SCTDPretrainModule
     from peft_lightning.methods.sparse_adapter import PruneConfig, SparseAdapterModule
     from peft_lightning.settings import OptimConfig
     from peft_lightning.tasks.table import Task
@@ -25,10 +28,13 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterConfig",
     "BackboneConfig",
+    "DropConfig",
     "FineTuneModule",
+    "MLMDataModule",
     "OptimConfig",
     "PruneConfig",
     "RunCheckpoint",
+    "SCTDPretrainModule",
     "SparseAdapterModule",
     "Task",
     "TaskDataModule",
@@ -40,10 +46,13 @@ __all__ = [
 _HOME = {
     "AdapterConfig": "layers.adapters",
     "BackboneConfig": "backbones.build",
+    "DropConfig": "layers.drop_config",
     "FineTuneModule": "methods",
+    "MLMDataModule": "data.corpus",
     "OptimConfig": "settings",
     "PruneConfig": "methods.sparse_adapter",
     "RunCheckpoint": "callbacks.checkpoint",
+    "SCTDPretrainModule": "methods",
     "SparseAdapterModule": "methods",
     "Task": "tasks.table",
     "TaskDataModule": "data.supervised",

@@ -279,6 +279,9 @@ class MethodModule(L.LightningModule, ABC):
         super().load_state_dict(state_dict, strict=False, assign=assign)
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
+    def before_data(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take from a checkpoint what the data needs to know, before it is read; nothing by default."""
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what does not fit before any tensor is touched; :meth:`load_state_dict` compares the tensors.
 

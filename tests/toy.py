@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
+import inspect
+import shutil
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 
 import peft_lightning.methods as methods
-from peft_lightning import RunCheckpoint, TaskDataModule
+from peft_lightning import MLMDataModule, RunCheckpoint, TaskDataModule
+from peft_lightning.backbones.toy import TOY_WORDS
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.module import MethodModule
+from peft_lightning.pretrain_module import PretrainModule
+from peft_lightning.task_module import TaskModule
 
 METHODS: list[type[MethodModule]] = [getattr(methods, name) for name in methods.__all__]
+TASK_METHODS = [method for method in METHODS if issubclass(method, TaskModule)]
+TASK_OPTIONS = ("task", "head_dropout", "class_weights", "max_length", "head")
 # A frozen random backbone needs larger steps through its adapters than a trained one takes itself.
 LEARNING_RATE = {"FineTuneModule": 1e-3}
 
@@ -36,16 +47,54 @@ def tiny(dropout: float = 0.1, **changes: Any) -> dict[str, Any]:
 
 
 def build(method: type[Any], *, backbone: Any = None, dropout: float = 0.1, **options: Any) -> Any:
-    """A module of ``method`` on the toy task."""
+    """A module of ``method`` on the toy task, or on the toy language."""
+    if issubclass(method, PretrainModule):
+        options = {name: value for name, value in options.items() if name not in TASK_OPTIONS}
+        options.setdefault("optim", {"lr": 2e-3})
+        if "drop" in inspect.signature(method).parameters:
+            options.setdefault("drop", {"interval": 3})
+        return method(backbone=deep(backbone or tiny(dropout)), **options)
     options.setdefault("task", "toy_sentiment")
     options.setdefault("optim", {"lr": LEARNING_RATE.get(method.__name__, 5e-3)})
     options.setdefault("head_dropout", dropout)
     return method(backbone=backbone or tiny(dropout), **options)
 
 
-def data(batch_size: int = 16, task: Any = "toy_sentiment", **options: Any) -> TaskDataModule:
-    """The toy task's data."""
-    return TaskDataModule(task=task, tokenizer="toy", batch_size=batch_size, **options)
+def deep(backbone: dict[str, Any]) -> dict[str, Any]:
+    """A backbone setting to train from scratch, with as many layers as token dropping needs."""
+    return {**backbone, "config": {**backbone["config"], "num_hidden_layers": 4, "initializer_range": 0.02}}
+
+
+def data(batch_size: int = 16, task: Any = "toy_sentiment", *, method: type[Any] | None = None, **options: Any) -> Any:
+    """The toy task's data, or blocks of the toy language for a method that pretrains."""
+    if method is None or not issubclass(method, PretrainModule):
+        return TaskDataModule(task=task, tokenizer="toy", batch_size=batch_size, **options)
+    rows = options.pop("rows", None)
+    sizes = {split: len(rows[split]) for split in rows} if rows else {"train": 256, "validation": 32, "test": 32}
+    return MLMDataModule(
+        inputs=str(toy_corpus(tuple(sizes.items()))), tokenizer="toy", block_size=16, batch_size=batch_size, **options
+    )
+
+
+@lru_cache
+def toy_corpus(sizes: tuple[tuple[str, int], ...], shuffled: bool = False) -> Path:
+    """A folder of texts, so many blocks of 16 tokens a split.
+
+    The words of a text go round in one of five circles, so that a masked word follows from its neighbours; shuffled,
+    nothing follows.
+    """
+    words = [word for group in TOY_WORDS.values() for word in group][:30]
+    folder = Path(tempfile.mkdtemp(prefix="toy_corpus_"))
+    atexit.register(shutil.rmtree, folder, True)
+    rng = np.random.default_rng(0)
+    for split, blocks in sizes:
+        texts = []
+        for _ in range(blocks):
+            circle, start = rng.integers(5), rng.integers(6)
+            text = [words[6 * circle + (start + i) % 6] for i in range(14)]  # with [CLS] and [SEP] a block
+            texts.append(" ".join(rng.choice(words, 14) if shuffled else text))
+        (folder / f"{split}.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    return folder
 
 
 def trainer(folder: Path | None = None, every_n_steps: int = 3, **options: Any) -> L.Trainer:

@@ -46,7 +46,7 @@ def main(folder: Path, ranks: int) -> None:
     rows = {s: toy_rows("toy_sentiment", s, size=n) for s, n in (("train", 75), ("validation", 21), ("test", 17))}
     for name, method, options, settings in runs():
         module = build(method, dropout=0.0, optim={"lr": 1e-3, "eps": 1e-4}, **options)
-        source = data(batch_size=16 // ranks, rows=rows)
+        source = data(batch_size=16 // ranks, rows=rows, method=method)
         many: dict[str, Any] = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
         fit = trainer(folder / name, max_epochs=2, **settings, **many)
         fit.fit(module, datamodule=source)

@@ -15,8 +15,11 @@ from rich.table import Table
 
 from peft_lightning.atomic import atomic_write
 from peft_lightning.callbacks.checkpoint import RunCheckpoint
+from peft_lightning.callbacks.throughput import Throughput
 from peft_lightning.errors import DataError
 from peft_lightning.files.manifest import write_adapter
+from peft_lightning.module import MethodModule
+from peft_lightning.pretrain_module import PretrainModule
 from peft_lightning.task_module import TaskModule
 
 __all__ = ["Report", "constant_scores"]
@@ -75,9 +78,11 @@ class Report(L.Callback):
             self.on_test_start(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export the adapter and report on the last validation."""
+        """Export what was trained and report on the last validation."""
         if trainer.is_global_zero and isinstance(pl_module, TaskModule):
             write_adapter(self.folder / "adapter", pl_module.owned_state(), pl_module.manifest())
+        elif trainer.is_global_zero and isinstance(pl_module, PretrainModule):
+            pl_module.export(self.folder / "model", replace=True)
         self._report(trainer, pl_module, "val", "report.json")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -90,7 +95,7 @@ class Report(L.Callback):
             self._report(trainer, pl_module, "val", "validate.json")
 
     def _report(self, trainer: L.Trainer, module: L.LightningModule, stage: str, name: str) -> None:
-        if not trainer.is_global_zero or not isinstance(module, TaskModule):
+        if not trainer.is_global_zero or not isinstance(module, MethodModule):
             return
         split = {"val": "validation", "test": "test"}[stage]
         scores = {
@@ -98,23 +103,32 @@ class Report(L.Callback):
             for key, value in trainer.callback_metrics.items()
             if key.startswith(f"{stage}/")
         }
-        best = next((c for c in getattr(trainer, "callbacks", []) if isinstance(c, RunCheckpoint)), None)
-        data_task = getattr(getattr(trainer, "datamodule", None), "task", module.task)
+        callbacks = getattr(trainer, "callbacks", [])
+        best = next((c for c in callbacks if isinstance(c, RunCheckpoint)), None)
+        speed = next((c.totals for c in callbacks if isinstance(c, Throughput) and c.totals), None)
+        fitting = trainer.state.fn == "fit"
         report = {
             **module.summary(),
             "stage": split,
-            "split": data_task.splits[split],
+            **(self._task_part(trainer, module, split) if isinstance(module, TaskModule) else {}),
             **({"best_score": best.best_score, "best_step": best.best_step} if best else {}),
             "scores": scores,
-            "constant": "majority class" if module.task.labels else "the mean, always",
-            "majority": self._majority(trainer, module, split),
-            **({"steps": trainer.global_step} if trainer.state.fn == "fit" else {}),
+            **({"steps": trainer.global_step, "skipped_steps": module.skipped_steps} if fitting else {}),
+            **({"throughput": speed} if speed and fitting else {}),
             "seconds": round(self.state_dict()["seconds"], 2),
             "run": str(self.folder),
         }
         text = json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
         atomic_write(self.folder / name, lambda file: file.write(text.encode()))
-        Console(soft_wrap=True).print(_table(report, module.task.metrics))
+        Console(soft_wrap=True).print(_table(report, module))
+
+    def _task_part(self, trainer: L.Trainer, module: TaskModule, split: str) -> dict[str, Any]:
+        data_task = getattr(getattr(trainer, "datamodule", None), "task", module.task)
+        return {
+            "split": data_task.splits[split],
+            "constant": "majority class" if module.task.labels else "the mean, always",
+            "majority": self._majority(trainer, module, split),
+        }
 
     @staticmethod
     def _majority(trainer: L.Trainer, module: TaskModule, split: str) -> dict[str, float]:
@@ -134,8 +148,39 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _table(report: dict[str, Any], metrics: tuple[str, ...]) -> Table:
-    table = Table(show_header=False, title=f"{report['method']} on {report['task']}")
+def _table(report: dict[str, Any], module: MethodModule) -> Table:
+    table = Table(show_header=False, title=f"{report['method']} on {report.get('task', 'text')}")
+    if isinstance(module, TaskModule):
+        _task_rows(table, report, module.task.metrics)
+        shown = module.task.metrics[0]
+    else:
+        _text_rows(table, report)
+        shown = str(getattr(module, "monitor", "")).rpartition("/")[2]
+    if report.get("best_step", -1) >= 0:
+        table.add_row(f"best {shown}", f"{report['best_score']:.4f} at step {report['best_step']:,} (best.ckpt)")
+    if "steps" in report:
+        skipped = f", of them {report['skipped_steps']:,} skipped" if report["skipped_steps"] else ""
+        table.add_row("optimizer steps", f"{report['steps']:,}{skipped}")
+    table.add_row("seconds", f"{report['seconds']:.1f}")
+    table.add_row("run's folder", report["run"])
+    return table
+
+
+def _text_rows(table: Table, report: dict[str, Any]) -> None:
+    """What a masked language model has to say for itself."""
+    table.add_row("trained parameters", f"{report['trained_parameters']:,}")
+    table.add_row("model", f"{report['model_type']}, {report['layers']} layers of width {report['width']}")
+    if "keep" in report:
+        table.add_row("tokens kept", f"{report['keep']:.0%} in the middle layers ({report['preset']})")
+    for name, value in report["scores"].items():
+        table.add_row(f"{report['stage']} {name.replace('_', ' ')}", f"{value:.4f}")
+    for name, value in report.get("throughput", {}).items():
+        if isinstance(value, int | float):
+            table.add_row(name.replace("_", " "), f"{value:,.3g}" if value < 10 else f"{value:,.0f}")
+
+
+def _task_rows(table: Table, report: dict[str, Any], metrics: tuple[str, ...]) -> None:
+    """Parameters by part, what was kept, and metrics beside the best constant answer's."""
     table.add_row(
         "trained parameters",
         f"{report['trained_parameters']:,}, of them {report['head_parameters']:,} in the head",
@@ -159,10 +204,3 @@ def _table(report: dict[str, Any], metrics: tuple[str, ...]) -> Table:
             )
             note = "" if beside is None else f"   ({report['constant']}: {beside:.4f})"
             table.add_row(f"{name} {metric}", f"{report['scores'][metric]:.4f}{note}")
-    if report.get("best_step", -1) >= 0:
-        table.add_row(f"best {metrics[0]}", f"{report['best_score']:.4f} at step {report['best_step']:,} (best.ckpt)")
-    if "steps" in report:
-        table.add_row("optimizer steps", f"{report['steps']:,}")
-    table.add_row("seconds", f"{report['seconds']:.1f}")
-    table.add_row("run's folder", report["run"])
-    return table

@@ -38,9 +38,10 @@ def with_recorded_settings(words: list[str], folder: Path) -> list[str]:
     values = dict(manifest["hyper_parameters"])
     method_class(str(manifest["class"]))
     refuse_new_code(kind_of(values.get("task")), path)
+    supervised = {key: values[key] for key in ("task", "max_length") if key in values}
     data = manifest.get("run_config", {}).get("data") or {
-        "class_path": "TaskDataModule",
-        "init_args": {"task": values["task"], "max_length": values["max_length"]},
+        "class_path": "TaskDataModule" if supervised else "MLMDataModule",
+        "init_args": supervised,
     }
     refuse_new_code(data["class_path"], path)
     refuse_new_code(kind_of(data["init_args"].get("task")), path)

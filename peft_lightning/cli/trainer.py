@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
+import peft_lightning.data.corpus
 import peft_lightning.data.supervised
 import peft_lightning.methods  # noqa: F401
 from peft_lightning.atomic import atomic_write
@@ -24,6 +25,7 @@ from peft_lightning.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoin
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.callbacks.progress import ProgressLine
 from peft_lightning.callbacks.report import Report
+from peft_lightning.callbacks.throughput import Throughput
 from peft_lightning.cli.recorded import option, refuse_linked, require_checkpoint, with_recorded_settings
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
@@ -135,7 +137,7 @@ class TrainerCLI(LightningCLI):
         config = self._get(self.config_init, "trainer", default={})
         folder = Path(self.options.run_dir)
         trial = bool(config.get("fast_dev_run"))  # leaves nothing behind
-        callbacks: list[L.Callback] = [] if trial else [Report(folder)]
+        callbacks: list[L.Callback] = [Throughput()] if trial else [Report(folder), Throughput()]
         if config.get("enable_progress_bar") is not False:
             callbacks.insert(0, ProgressLine())
         checkpoints = self.subcommand == "fit" and config.get("enable_checkpointing") is not False and not trial
@@ -189,6 +191,7 @@ class TrainerCLI(LightningCLI):
             # One clear line for a damaged file or a flag that the file overrules, before the trainer starts.
             content = read_file(path)
             check_settings(content[MANIFEST_KEY]["hyper_parameters"], self.model.hparams, self.model.fixed_by_file)
+            self.model.before_data(content)
             if Path(path).is_dir():  # a run's folder, or an adapter's, which Lightning cannot read
                 self.model.on_load_checkpoint(content)
                 self.model.load_state_dict(content["state_dict"])
@@ -266,7 +269,7 @@ def _tokenizer_of(backbone: Any) -> str | None:
 
 
 def _task_name(task: Any) -> str:
-    return task if isinstance(task, str) else str(task.get("name")) if task is not None else "task"
+    return task if isinstance(task, str) else str(task.get("name")) if task is not None else "corpus"
 
 
 def _first_rank() -> bool:

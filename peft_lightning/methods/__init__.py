@@ -1,6 +1,7 @@
 """Start here: one paper, one file. A method is a class path; there is no registry."""
 
 from peft_lightning.methods.fine_tune import FineTuneModule
+from peft_lightning.methods.sctd import SCTDPretrainModule
 from peft_lightning.methods.sparse_adapter import SparseAdapterModule
 
-__all__ = ["FineTuneModule", "SparseAdapterModule"]
+__all__ = ["FineTuneModule", "SCTDPretrainModule", "SparseAdapterModule"]

@@ -57,7 +57,7 @@ def run(method: type[MethodModule], folder: Path, stops: list[L.Callback], **opt
     last = folder / "last.ckpt"
     fit = trainer(folder, callbacks=stops, **options)
     path = str(last) if last.exists() else None
-    fit.fit(module, datamodule=data(batch_size=8, rows=rows()), ckpt_path=path, weights_only=True)
+    fit.fit(module, datamodule=data(batch_size=8, rows=rows(), method=method), ckpt_path=path, weights_only=True)
     return module, fit
 
 
