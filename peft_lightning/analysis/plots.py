@@ -11,10 +11,11 @@ from typing import Any
 from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import UsageError
 
-__all__ = ["Curve", "draw_curves", "draw_shares", "draw_sweep"]
+__all__ = ["Curve", "draw_curves", "draw_layers", "draw_shares", "draw_sweep"]
 
 # Tol's bright scheme, which colour-blind readers can tell apart.
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+_GROUND = "#e4e4e4"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,53 @@ def draw_curves(panels: Mapping[str, Mapping[str, Curve]], path: str | Path, *, 
             axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
         axes.set_xlabel(across)
         axes.set_ylabel(name)
+        axes.legend(fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
+def draw_layers(
+    panels: Mapping[str, Mapping[str, Curve]],
+    levels: Mapping[str, float],
+    path: str | Path,
+    *,
+    up: str,
+    title: str,
+    shaded: tuple[int, int] | None = None,
+) -> None:
+    """Draw what each layer holds: a panel per task, over the layers a line and a band for every model.
+
+    Args:
+        panels: task -> label of a model -> curve over the numbers of its layers, 0 for the embeddings.
+        levels: task -> what needs no model; a dashed line.
+        path: the PNG to write.
+        up: name of the vertical axis.
+        title: stands over the whole.
+        shaded: first and last of the layers to stand before a grey ground, such as those that dropped tokens.
+
+    Raises:
+        UsageError: if there is no panel.
+    """
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise UsageError("panels is empty: a picture needs at least one")
+    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    figure = Figure(figsize=(4.8 * len(panels), 3.6), layout="constrained")
+    for axes, (name, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        if shaded is not None:
+            axes.axvspan(shaded[0] - 0.5, shaded[1] + 0.5, color=_GROUND, linewidth=0, zorder=0)
+        for label, curve in curves.items():
+            colour = _COLOURS[labels.index(label) % len(_COLOURS)]
+            axes.plot(curve.x, curve.mean, "o-", color=colour, label=label, linewidth=1.5, markersize=3.5)
+            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+        if name in levels:
+            axes.axhline(levels[name], color="#555555", linestyle="--", linewidth=1, label="majority class")
+        axes.set_xlim(-0.5, max(max(curve.x) for curve in curves.values()) + 0.5)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("layer (0: embeddings)")
+        axes.set_ylabel(up)
+        axes.set_title(name, fontsize=9)
         axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=9)
     _save(figure, path)

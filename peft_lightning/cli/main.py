@@ -14,8 +14,9 @@ COMMANDS = {
     "validate": "measure a checkpoint on the validation split",
     "test": "measure a checkpoint on the test split",
     "predict": "write a checkpoint's answers into the run's folder",
-    "export": "write an adapter for AdapterHub's library or PEFT",
+    "export": "write an adapter for AdapterHub's library or PEFT, or a pretrained model",
     "import": "read an adapter that AdapterHub's library or PEFT wrote",
+    "probe": "measure what each layer of a backbone knows of a sentence",
 }
 _TOOLS = ("export", "import")
 
@@ -45,6 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
             from peft_lightning.cli.tools import run_tool
 
             run_tool(words)
+        elif words[0] == "probe":
+            from peft_lightning.cli.probe import run_probe
+
+            run_probe(words)
         else:
             from peft_lightning.cli.trainer import run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from peft_lightning.analysis.plots import Curve, draw_curves, draw_shares, draw_sweep
+from peft_lightning.analysis.plots import Curve, draw_curves, draw_layers, draw_shares, draw_sweep
 from peft_lightning.errors import UsageError
 
 BLUE, RED = (0x44, 0x77, 0xAA), (0xEE, 0x66, 0x77)
@@ -47,6 +47,26 @@ def test_draw_curves_puts_higher_values_higher_and_a_label_in_one_colour(tmp_pat
 def test_draw_curves_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="panels is empty"):
         draw_curves({}, tmp_path / "curves.png", across="steps", title="none")
+
+
+def test_draw_layers_puts_curves_before_the_shaded_layers(tmp_path: Path) -> None:
+    panels = {
+        "tense": {"full": _flat([0, 1, 2, 3], 80, 2), "dropped": _flat([0, 1, 2, 3], 60)},
+        "number": {"dropped": _flat([0, 1, 2, 3], 70)},
+    }
+    ground: list[list[tuple[int, int]]] = []
+    for shaded in (None, (1, 2), (1, 3)):
+        draw_layers(panels, {"tense": 50.0}, tmp_path / "l.png", up="accuracy", title="layers", shaded=shaded)
+        ground.append(_points(tmp_path / "l.png", (0xE4, 0xE4, 0xE4)))
+    assert len(ground[0]) < 50 and 1.3 < len(ground[2]) / len(ground[1]) < 1.6
+    with Image.open(tmp_path / "l.png") as picture:
+        middle = picture.width // 2
+    blue, red = _points(tmp_path / "l.png", BLUE), _points(tmp_path / "l.png", RED)
+    assert max(y for _, y in blue) < max(y for x, y in red if x < middle)
+    # a model has its colour in every panel
+    assert any(x > middle for x, _ in red) and not any(x > middle for x, _ in blue)
+    with pytest.raises(UsageError, match="panels is empty"):
+        draw_layers({}, {}, tmp_path / "l.png", up="accuracy", title="none")
 
 
 def test_draw_sweep_shows_its_error_bars(tmp_path: Path) -> None:
