@@ -66,7 +66,7 @@ class ProgressLine(ProgressBar):
         parts = [f"step {trainer.global_step}/{total:.0f}"]
         for name, value in sorted(trainer.progress_bar_metrics.items()):
             if name != "v_num":
-                parts.append(f"{name} {float(value):.4f}")
+                parts.append(f"{name} {float(value):,.0f}" if abs(value) >= 1000 else f"{name} {float(value):.4f}")
         parts.append(f"{self._rows / max(passed, 1e-9):.0f} examples/s")
         if steps and total != float("inf"):
             left = timedelta(seconds=round((total - trainer.global_step) * passed / steps))

@@ -174,9 +174,12 @@ def _text_rows(table: Table, report: dict[str, Any]) -> None:
         table.add_row("tokens kept", f"{report['keep']:.0%} in the middle layers ({report['preset']})")
     for name, value in report["scores"].items():
         table.add_row(f"{report['stage']} {name.replace('_', ' ')}", f"{value:.4f}")
-    for name, value in report.get("throughput", {}).items():
-        if isinstance(value, int | float):
-            table.add_row(name.replace("_", " "), f"{value:,.3g}" if value < 10 else f"{value:,.0f}")
+    speed = report.get("throughput", {})
+    if "tokens_per_second" in speed:
+        used = f", {speed['mfu']:.1%} of the device's peak" if "mfu" in speed else ""
+        table.add_row("tokens a second", f"{speed['tokens_per_second']:,.0f}{used}")
+    if speed.get("teacher_share"):
+        table.add_row("steps with a teacher", f"{speed['teacher_share']:.1%}")
 
 
 def _task_rows(table: Table, report: dict[str, Any], metrics: tuple[str, ...]) -> None:

@@ -47,10 +47,11 @@ def _export(words: list[str]) -> None:
     parser = _Parser(
         prog="peft-lightning export",
         description="Write a trained adapter for AdapterHub's library, for Hugging Face PEFT (LoRA only), or as an "
-        "adapter folder of our own. Masks travel as zeros, with the masks themselves in a file beside them.",
+        "adapter folder of our own. Masks travel as zeros, with the masks themselves in a file beside them. A pretrained "
+        "model is written as a folder of Hugging Face transformers.",
     )
     parser.add_argument("--ckpt_path", required=True, help="a checkpoint, a run's folder or an adapter folder")
-    parser.add_argument("--format", required=True, help="adapterhub, peft or peft_lightning")
+    parser.add_argument("--format", required=True, help="adapterhub, peft, peft_lightning or transformers")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--backbone", help="folder or hub name of the backbone, if it is not where the file says")
     parser.add_argument(

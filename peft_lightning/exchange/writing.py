@@ -1,4 +1,4 @@
-"""From a module, or a file of ours, to a folder that AdapterHub's library or PEFT reads."""
+"""From a module, or a file of ours, to a folder that AdapterHub's library, PEFT or transformers reads."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from peft_lightning.files.hf_peft import write_peft
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file, write_adapter
 from peft_lightning.loading import load
 from peft_lightning.methods.sparse_adapter import SparseAdapterModule
+from peft_lightning.pretrain_module import PretrainModule
 
 __all__ = ["FORMATS", "export_adapter"]
 
-FORMATS = ("adapterhub", "peft", "peft_lightning")
-"""What can be written. The first two can be imported again, and ``load`` reads the third."""
+FORMATS = ("adapterhub", "peft", "peft_lightning", "transformers")
+"""What can be written. The first two can be imported again, ``load`` reads the third, and the last is a whole model."""
 
 
 def export_adapter(
-    source: str | Path | SparseAdapterModule,
+    source: str | Path | SparseAdapterModule | PretrainModule,
     folder: str | Path,
     *,
     format: str,
@@ -36,10 +37,12 @@ def export_adapter(
 ) -> None:
     """Write what a module trained in a format of another library, or as our own adapter folder.
 
+    A pretrained model is written as ``AutoModelForMaskedLM.from_pretrained`` reads it, with its tokenizer.
+
     Args:
         source: a module, or a checkpoint, run or adapter folder.
         folder: new or empty; it appears only when all is written.
-        format: one of :data:`FORMATS`; peft is for LoRA only.
+        format: one of :data:`FORMATS`; peft is for LoRA only, transformers for pretrained models only.
         head: whether the head goes along. None: in our own format always; in AdapterHub's unless it is still the new
             one of an import; in PEFT's not, and the file fits the bare model (with True, a
             ``...ForSequenceClassification``).
@@ -54,6 +57,14 @@ def export_adapter(
     if format == "peft_lightning" and head is False:
         raise UsageError("head = False: format = 'peft_lightning' always has the head")
     module = _module(source, backbone)
+    if isinstance(module, PretrainModule) != (format == "transformers"):
+        kind, fitting = type(module).__name__, FORMATS[-1:] if isinstance(module, PretrainModule) else FORMATS[:-1]
+        raise UsageError(f"format = {format!r}: {kind} can be written as {', '.join(fitting)}")
+    if isinstance(module, PretrainModule):
+        if head is not None:
+            raise UsageError(f"head = {head}: a pretrained model always has its head")
+        module.export(folder)
+        return
     with fresh_folder(folder) as fresh:
         if format == "peft_lightning":
             write_adapter(fresh, module.owned_state(), module.manifest())
@@ -66,14 +77,16 @@ def export_adapter(
         warnings.warn(f"{folder}: the head stays behind; head = True takes it along", ExchangeWarning, stacklevel=2)
 
 
-def _module(source: Any, backbone: Any) -> SparseAdapterModule:
+def _module(source: Any, backbone: Any) -> SparseAdapterModule | PretrainModule:
     module = source
     if not isinstance(source, nn.Module):
         run_config = read_file(source)[MANIFEST_KEY].get("run_config")
         module = load(source, backbone=backbone)
         module.run_config = run_config if isinstance(run_config, dict) else {}
-    if not isinstance(module, SparseAdapterModule):
-        raise UsageError(f"{type(module).__name__}: has no adapters; SparseAdapterModule can be exported")
+    if not isinstance(module, SparseAdapterModule | PretrainModule):
+        raise UsageError(
+            f"{type(module).__name__}: has no adapters; SparseAdapterModule and SCTDPretrainModule can be exported"
+        )
     module.configure_model()
     return module
 

@@ -22,7 +22,7 @@ from peft_lightning.functional.tokens import kept_length
 __all__ = ["PRESETS", "DropConfig"]
 
 _COMMON: dict[str, Any] = {
-    "passes": "both",  # on every interval-th step
+    "interval_passes": "both",  # on every interval-th step
     "interval": 10,
     "full_loss": "teacher",
     "global_kl": "none",
@@ -32,9 +32,9 @@ _COMMON: dict[str, Any] = {
     "beta": 0.995,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "mlm": {"passes": "full", "interval": 1},
-    "token-drop": {"passes": "dropping", "interval": 1},
-    "drop+full": {"passes": "full"},
+    "mlm": {"interval_passes": "full", "interval": 1},
+    "token-drop": {"interval_passes": "dropping", "interval": 1},
+    "drop+full": {"interval_passes": "full"},
     "sctd": {"global_kl": "masked_logits", "local_kl": "kept_hidden"},
     "sctd-paper": {"global_kl": "all_hidden", "local_kl": "all_hidden", "share_prefix": False},
     "sctd-released": {
@@ -99,7 +99,8 @@ class DropConfig:
             raise UsageError(f"drop.weight = {self.weight}: must be at least 0")
         if self.beta is not None and not 0 <= self.beta < 1:
             raise UsageError(f"drop.beta = {self.beta}: must lie in [0, 1)")
-        idle = ["full_loss", "global_kl", "local_kl", "share_prefix", "detach"] if self.of("passes") != "both" else []
+        compared = self.of("interval_passes") == "both"
+        idle = [] if compared else ["full_loss", "global_kl", "local_kl", "share_prefix", "detach"]
         if self.preset in ("mlm", "token-drop"):
             idle.append("interval")
         for name in idle:
@@ -113,4 +114,4 @@ class DropConfig:
 
     def passes(self, step: int) -> str:
         """Which passes optimizer step ``step`` (from 1) has: dropping, full or both."""
-        return str(self.of("passes")) if step % self.of("interval") == 0 else "dropping"
+        return str(self.of("interval_passes")) if step % self.of("interval") == 0 else "dropping"

@@ -129,7 +129,8 @@ class SCTDPretrainModule(PretrainModule):
         )
         student, teacher = (run.teacher, None) if run.student is None else (run.student, run.teacher)
         a_teacher = 0.5 if both and self.drop.of("full_loss") == "teacher" else 0.0
-        c = self.drop.weight if both and self.drop.of("global_kl") == "masked_logits" else 0.0
+        words = both and self.drop.of("global_kl") == "masked_logits"
+        c = self.drop.weight if words else 0.0
         found = masked_lm_loss(
             self._head_input(student, batch["targets"]),
             self._head_input(teacher, batch["targets"]) if teacher is not None and a_teacher + c else None,
@@ -143,7 +144,7 @@ class SCTDPretrainModule(PretrainModule):
             return found.loss, found, None
         global_kl, local_kl = self._hidden_kl(run, labels_N.numel())
         loss = found.loss + self.drop.weight * (global_kl + local_kl)
-        global_kl = global_kl.detach() + found.divergence
+        global_kl = found.divergence if words else global_kl.detach()
         share = self.drop.weight * (global_kl + local_kl.detach()) / loss.detach()
         return loss, found, torch.stack([found.student, found.teacher, global_kl, local_kl.detach(), share])
 
