@@ -19,6 +19,7 @@ from peft_lightning.analysis.drift import drift_scores, drift_sums
 from peft_lightning.analysis.encoder import FrozenEncoder
 from peft_lightning.analysis.plots import Curve, draw_curves
 from peft_lightning.atomic import atomic_write
+from peft_lightning.callbacks.throughput import Throughput
 from peft_lightning.errors import UsageError
 
 __all__ = ["Drift"]
@@ -117,6 +118,9 @@ class Drift(L.Callback):
         return [batch for batch in chosen if batch["valid"].any()]
 
     def _measure(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Throughput):
+                callback.pause()
         with _untouched(module), trainer.precision_plugin.forward_context():
             found = [drift_sums(module, _to(batch, module.device), self._outside) for batch in self._batches]
         sums = self._over_ranks(trainer, found)

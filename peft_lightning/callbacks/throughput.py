@@ -94,6 +94,11 @@ class Throughput(L.Callback):
         """Go on counting."""
         self._total = {name: float(state_dict[name]) for name in _SUMS}
 
+    def pause(self) -> None:
+        """Stop the clock until the next training batch; for whoever does something else in between."""
+        self._read_clock()
+        self._mark = None
+
     # -- hooks -------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -114,7 +119,7 @@ class Throughput(L.Callback):
         self._pending["timed_flops"] += work["flops"]
         self._pending["teacher_steps"] = float(work["teacher"])
         if bool(work["teacher"]) not in self._seen:
-            self._stop_clock()
+            self.pause()
         elif self._mark is None:
             self._wait()
             self._mark = time.monotonic()
@@ -137,15 +142,15 @@ class Throughput(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock until the next training batch."""
-        self._stop_clock()
+        self.pause()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """The same."""
-        self._stop_clock()
+        self.pause()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop it for good."""
-        self._stop_clock()
+        self.pause()
 
     # -- parts -------------------------------------------------------------------------------------------------
 
@@ -173,10 +178,6 @@ class Throughput(L.Callback):
             now = time.monotonic()
             self._window["seconds"] += now - self._mark
             self._mark = now
-
-    def _stop_clock(self) -> None:
-        self._read_clock()
-        self._mark = None
 
     def _wait(self) -> None:
         if self._device.type != "cpu":

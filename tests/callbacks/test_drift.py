@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from peft_lightning.analysis.drift import drift_scores, drift_sums
 from peft_lightning.callbacks.drift import Drift
 from peft_lightning.callbacks.log import MetricsCSV
+from peft_lightning.callbacks.throughput import Throughput
 from peft_lightning.errors import UsageError
 from peft_lightning.functional.tokens import select_tokens
 from peft_lightning.layers.token_drop import TokenDrop
@@ -113,6 +114,20 @@ def test_training_does_not_notice(tmp_path: Path) -> None:
     for one, two in zip(plain.parameters(), watched.parameters(), strict=True):
         assert torch.equal(one, two)
     assert not any(parameter.grad is None for parameter in watched.model.bert.encoder.parameters())
+
+
+def test_it_does_not_count_as_training_time(tmp_path: Path) -> None:
+    class Paused(Throughput):
+        times = 0
+
+        def pause(self) -> None:
+            self.times += 1
+            super().pause()
+
+    plain, watched = Paused(), Paused()
+    fit(tmp_path / "plain", 4, [plain])
+    fit(tmp_path / "watched", 4, [watched, Drift(2, rows=4)])
+    assert watched.times == plain.times + 3  # at steps 0, 2 and 4
 
 
 def test_a_run_that_goes_on_has_the_same_series(tmp_path: Path) -> None:

@@ -124,6 +124,21 @@ def test_time_between_batches_counts(clock: Clock, tmp_path: Path) -> None:
     assert found.totals["seconds"] == pytest.approx(1 + 1.5)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_whoever_does_something_else_says_so(clock: Clock, tmp_path: Path, first: bool) -> None:
+    found = Throughput(100)
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            found.pause()
+            clock.now += 90
+
+    callbacks = [Look(), found] if first else [found, Look()]
+    trainer(tmp_path, every_n_steps=100, max_steps=3, callbacks=callbacks).fit(Worker(clock), loader())
+    assert found.totals["seconds"] == pytest.approx(2)
+    assert found.totals["tokens_per_second"] == pytest.approx(TOKENS)
+
+
 def test_a_run_that_goes_on_keeps_counting(clock: Clock, tmp_path: Path) -> None:
     whole = Throughput(4)
     trainer(tmp_path / "whole", max_steps=11, callbacks=[whole]).fit(Worker(clock), loader())
