@@ -154,17 +154,23 @@ class Drift(L.Callback):
 
 
 def _panels(series: list[dict[str, float]], validation: list[dict[str, float]]) -> dict[str, dict[str, Curve]]:
+    """What can be drawn: lines, so of two points at least."""
     panels: dict[str, dict[str, Curve]] = {}
-    for kind, title in (("own_", "cosine, by the model itself"), ("text_", "cosine, by the sentence encoder")):
-        names = [name for name in (series[0] if series else ()) if name.startswith(kind)]
+    gaps: dict[str, Curve] = {}
+    for kind, title in (("own_", "the model itself"), ("text_", "the sentence encoder")):
+        names = [name for name in (series[0] if len(series) > 1 else ()) if name.startswith(kind)]
         if names:
-            panels[title] = {name.removeprefix(kind): _curve(series, name) for name in names}
+            panels[f"cosine, by {title}"] = {name.removeprefix(kind): _curve(series, name) for name in names}
         if {f"{kind}full", f"{kind}dropped"} <= set(names):
             gap = [{"step": row["step"], "gap": row[f"{kind}full"] - row[f"{kind}dropped"]} for row in series]
-            panels.setdefault("gap: full less dropped", {})[kind.rstrip("_")] = _curve(gap, "gap")
-    losses = sorted({name for row in validation for name in row if "loss" in name})
-    if losses:
-        panels["validation loss"] = {name.removeprefix("val/"): _curve(validation, name) for name in losses}
+            gaps[title] = _curve(gap, "gap")
+    if gaps:
+        panels["gap: full less dropped"] = gaps
+    # named as the passes are, so that a pass has one colour in all panels
+    losses = {"val/loss": "full", "val/dropped_loss": "dropped"}
+    found = {label: _curve(validation, name) for name, label in losses.items() if name in (validation or [{}])[0]}
+    if found and len(validation) > 1:
+        panels["validation loss"] = found
     return panels
 
 

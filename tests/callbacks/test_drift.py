@@ -16,15 +16,25 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from peft_lightning.analysis.drift import drift_scores, drift_sums
+from peft_lightning.backbones.build import BackboneConfig
 from peft_lightning.callbacks.drift import Drift
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.callbacks.throughput import Throughput
 from peft_lightning.errors import UsageError
 from peft_lightning.functional.tokens import select_tokens
+from peft_lightning.layers.drop_config import DropConfig
 from peft_lightning.layers.token_drop import TokenDrop
-from tests.analysis.test_drift import K, blocks, model
+from peft_lightning.methods.sctd import SCTDPretrainModule
+from tests.analysis.test_drift import K, S, blocks, model
 from tests.analysis.test_encoder import folder
 from tests.toy import trainer
+
+
+@pytest.fixture(autouse=True)
+def _draw_seldom(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take longer than all else here; one test looks at them."""
+    if "picture" not in request.node.name:
+        monkeypatch.setattr("peft_lightning.callbacks.drift.draw_curves", lambda *args, **options: None)
 
 
 class Pretraining(L.LightningModule):
@@ -83,14 +93,19 @@ def fit(root: Path, steps: int, callbacks: list[Any], **options: Any) -> Pretrai
 
 
 def test_a_series_its_file_and_its_picture(tmp_path: Path) -> None:
-    fit(tmp_path, 5, [drift := Drift(2, rows=7)], val_check_interval=5)
+    fit(tmp_path, 5, [drift := Drift(2, rows=7)], val_check_interval=2)
     assert [row["step"] for row in drift.series] == [0, 2, 4]
     report = json.loads((tmp_path / "drift.json").read_text())
     assert report["series"] == drift.series and report["rows"] == 7 and report["encoder"] is None
-    assert [row["step"] for row in report["validation"]] == [5] and "val/loss" in report["validation"][0]
+    assert [row["step"] for row in report["validation"]] == [2, 4] and "val/loss" in report["validation"][0]
     assert drift.series[0]["own_full"] != drift.series[2]["own_full"]
     with Image.open(tmp_path / "drift.png") as picture:
         assert picture.width > 1000  # the cosine, the gap, and the validation loss
+    (tmp_path / "drift.png").unlink()
+    few = Drift(9, rows=7)
+    few.series = drift.series[:1]
+    few._write(SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path))  # type: ignore[arg-type]
+    assert not (tmp_path / "drift.png").exists()  # one point makes no line
     rows = [row for row in MetricsCSV(tmp_path).read() if "drift/own_full" in row]
     assert [(int(row["step"]), float(row["drift/own_dropped"])) for row in rows] == [
         (row["step"], row["own_dropped"]) for row in drift.series
@@ -191,6 +206,21 @@ def test_with_a_sentence_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert json.loads((tmp_path / "run" / "drift.json").read_text())["encoder"] == encoder
     state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
     assert not [name for name in state["state_dict"] if not name.startswith("model.")]
+
+
+@pytest.mark.parametrize(("preset", "shares"), [("sctd", 0.25), ("mlm", 0.0)])
+def test_the_pretraining_method_gives_what_both_callbacks_ask_for(preset: str, shares: float, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 32}
+    module = SCTDPretrainModule(
+        backbone=BackboneConfig(config={"model_type": "bert", "max_position_embeddings": S, **sizes}, tokenizer="toy"),
+        drop=DropConfig(preset=preset, interval=4 if preset == "sctd" else None),
+    )
+    drift, speed = Drift(2, rows=7, encoder=folder(tmp_path / "encoder")), Throughput(2)
+    run = trainer(tmp_path / "run", max_steps=4, callbacks=[speed, drift], default_root_dir=str(tmp_path / "run"))
+    run.fit(module, datamodule=Corpus())
+    assert [row["step"] for row in drift.series] == [0, 2, 4]
+    assert ("text_dropped" in drift.series[0]) == ("own_dropped" in drift.series[0]) == module.drops
+    assert speed.totals["teacher_share"] == shares and speed.totals["tokens"] == 4 * 4 * S
 
 
 def test_refusals(tmp_path: Path) -> None:
