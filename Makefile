@@ -4,7 +4,7 @@ BIN := .venv/bin
 TEST_ARGS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup encoder demo test lint bench-mrpc bench-sparse bench-speed clean
+.PHONY: help setup encoder demo test lint bench-mrpc bench-sparse bench-speed bench-pretrain clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ bench-sparse: encoder  ## SparseAdapter on MRPC: 11 arms, 3 seeds, tables and fi
 
 bench-speed: encoder  ## step times against full fine-tuning
 	@$(BIN)/python -m benchmarks.speed
+
+bench-pretrain: .venv/.stamp  ## step times, memory and packing of pretraining with token dropping
+	@$(BIN)/python -m benchmarks.pretrain
 
 clean:  ## remove runs, caches and build files, and keep .venv
 	@rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -21,7 +21,7 @@ from peft_lightning import PruneConfig
 from peft_lightning.errors import PeftLightningError
 from peft_lightning.study.memory import peak_bytes, reset_peak
 
-__all__ = ["main", "memory_bytes", "memory_names"]
+__all__ = ["main", "memory_bytes", "memory_names", "process_bytes"]
 
 _STEPS, _BATCHES = 3, 3
 
@@ -36,13 +36,24 @@ def memory_bytes(name: str, tiny: bool, threads: int, repeats: int) -> list[floa
 
     Raises PeftLightningError, with the process's last line, where it fails.
     """
-    command = [sys.executable, "-m", "benchmarks.memory", name, "--threads", str(threads)]
+    return process_bytes(["benchmarks.memory", *(["--tiny"] * tiny), "--threads", str(threads), name], repeats)
+
+
+def process_bytes(words: Sequence[str], repeats: int) -> list[float]:
+    """Return the last number that each of so many processes prints.
+
+    Args:
+        words: a module and its options, of which the last names what is measured.
+        repeats: number of processes.
+
+    Raises PeftLightningError, with the process's last line, where one fails.
+    """
     found = []
     for _ in range(repeats):
-        done = subprocess.run([*command, *(["--tiny"] * tiny)], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-            raise PeftLightningError(f"the process for {name} ended with {done.returncode}: {lines[-1]}")
+            raise PeftLightningError(f"the process for {words[-1]} ended with {done.returncode}: {lines[-1]}")
         found.append(float(done.stdout.split()[-1]))
     return found
 
