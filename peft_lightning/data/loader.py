@@ -2,9 +2,9 @@
 
 The sampler plans an epoch as a pure function of (seed, epoch, rank), so a run goes on from any batch by
 planning again and leaving out the first ones. The loader counts the batches that its consumer took, which
-with workers is less than what they prepared.
+with workers is less than what they prepared. What a batch is made into is the business of ``data/collate.py``.
 
-Shapes: B rows of a batch, L tokens of its longest row, G = batch size x ranks the rows of a global batch.
+Shapes: B rows of a batch, G = batch size x ranks the rows of a global batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peft_lightning.data.cache import Encoded
 from peft_lightning.errors import DataError, UsageError
 
 # Rows are sorted by length within this many global batches: enough to leave little padding, few enough to
@@ -25,9 +24,20 @@ _CHUNK = 50
 
 
 class Batch(NamedTuple):
-    """Row numbers, int64 [B], and whether they count; a batch that does not is one row of padding."""
+    """The rows of a batch of one rank, and where they stand.
+
+    Attributes:
+        rows: their numbers in the split, int64 [B].
+        places: their places in the global batch, int64 [B].
+        epoch: in which they are read.
+        number: of the batch in its epoch, the same on all ranks.
+        valid: whether the rows count; a batch that does not is one row of padding.
+    """
 
     rows: np.ndarray
+    places: np.ndarray
+    epoch: int
+    number: int
     valid: bool = True
 
 
@@ -36,8 +46,8 @@ class LengthGroupedSampler:
 
     In training, each epoch has its own random order. Rank r takes every ``world_size``-th row of a global
     batch, so one process with batch 2B sees the same global batches as two with B. The rows that do not
-    fill a global batch come last and are dealt out likewise; if they are fewer than the ranks, this
-    epoch leaves them out.
+    fill a global batch come last and are dealt out likewise; if they are fewer than the ranks, or only
+    ``whole`` batches are wanted, this epoch leaves them out.
 
     In evaluation, the longest rows come first, and no row is repeated or lost. All ranks have equally
     many batches: a rank that has no row left gets one row of padding.
@@ -49,10 +59,11 @@ class LengthGroupedSampler:
         seed: seeds the orders.
         world_size: number of ranks.
         rank: which of them this is.
+        whole: whether training leaves out what does not fill a global batch, so that all have one shape.
 
     Raises:
         UsageError: ``batch_size`` is below 1.
-        DataError: training has fewer rows than ranks, or evaluation has none.
+        DataError: training has fewer rows than ranks, or than a whole global batch; or evaluation has none.
     """
 
     def __init__(
@@ -64,14 +75,19 @@ class LengthGroupedSampler:
         seed: int = 0,
         world_size: int = 1,
         rank: int = 0,
+        whole: bool = False,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}; allowed: at least 1")
         if len(lengths) < (world_size if shuffle else 1):
             raise DataError(f"the split has {len(lengths)} rows for {world_size} ranks; allowed: one for each")
+        if shuffle and whole and len(lengths) < (size := batch_size * world_size):
+            raise DataError(f"the split has {len(lengths)} rows for a global batch of {size}; allowed: at least {size}")
         self.lengths = np.asarray(lengths)
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.world_size, self.rank = world_size, rank
+        # The fewest rows that make a batch.
+        self._fewest = (batch_size * world_size if whole else world_size) if shuffle else 1
 
     @property
     def global_batch_size(self) -> int:
@@ -81,17 +97,21 @@ class LengthGroupedSampler:
     def __len__(self) -> int:
         """Number of batches of a rank in an epoch."""
         full, rest = divmod(len(self.lengths), self.global_batch_size)
-        return full + (rest >= (self.world_size if self.shuffle else 1))
+        return full + (rest >= self._fewest)
 
     def plan(self, epoch: int) -> list[Batch]:
         """Return this rank's batches of ``epoch``, in order."""
         rows = self._training_order(epoch) if self.shuffle else np.argsort(-self.lengths, kind="stable")
         size = self.global_batch_size
         shares = [rows[start : start + size] for start in range(0, len(self) * size, size)]
-        return [
-            Batch(share[self.rank :: self.world_size]) if self.rank < len(share) else Batch(share[:1], valid=False)
-            for share in shares
-        ]
+        return [self._share(share, epoch, number) for number, share in enumerate(shares)]
+
+    def _share(self, share: np.ndarray, epoch: int, number: int) -> Batch:
+        if self.rank >= len(share):
+            return Batch(share[:1], np.zeros(1, np.int64), epoch, number, valid=False)
+        return Batch(
+            share[self.rank :: self.world_size], np.arange(self.rank, len(share), self.world_size), epoch, number
+        )
 
     def _training_order(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch])
@@ -108,30 +128,22 @@ class LengthGroupedSampler:
 class Loader:
     """Iterate over the batches of the current epoch; can be stopped and continued between any two.
 
-    A batch is ``{"inputs": {"input_ids", "attention_mask", ...}, "labels", "rows", "valid"}``: int64 [B, L]
-    for the inputs, and [B] for the labels (missing where the split has none), the row numbers and whether a
-    row counts.
-
     Args:
-        data: the encoded split.
+        collate: makes the tensors of a batch, ``{name: tensor or such a mapping}``; nothing but the batch decides
+            what they hold. With workers it is called in their processes.
         sampler: plans the epochs.
-        pad_token_id: fills ``input_ids`` up to the longest row of the batch.
         epoch: returns the number of the current epoch; called when the first batch is asked for.
         workers: processes that prepare batches.
-        pad_multiple: L is rounded up to a multiple of it.
     """
 
     def __init__(
         self,
-        data: Encoded,
+        collate: Callable[[Batch], dict[str, Any]],
         sampler: LengthGroupedSampler,
-        pad_token_id: int,
         epoch: Callable[[], int] = lambda: 0,
         workers: int = 0,
-        pad_multiple: int = 1,
     ) -> None:
-        self._sampler = sampler
-        self._collate = _Collate(data, pad_token_id, pad_multiple)
+        self._collate, self._sampler = collate, sampler
         self._current_epoch, self._workers = epoch, workers
         self._epoch, self._position = 0, 0
         self._continued = False
@@ -184,36 +196,10 @@ class Loader:
         self._epoch, self._position, self._continued = state["epoch"], state["position"], True
 
 
-class _Collate:
-    """Turn a batch of row numbers into padded tensors."""
-
-    def __init__(self, data: Encoded, pad_token_id: int, pad_multiple: int) -> None:
-        self.data, self.pad_multiple = data, pad_multiple
-        # -100 is what PyTorch's losses leave out.
-        self.padding = {"input_ids": pad_token_id, "labels": -100}
-
-    def __call__(self, batch: Batch) -> dict[str, Any]:
-        scalars, ragged = self.data.gather(batch.rows)
-        columns = {name: torch.from_numpy(values) for name, values in scalars.items()}
-        for name, (values, lengths) in ragged.items():
-            width = -(-int(lengths.max()) // self.pad_multiple) * self.pad_multiple
-            filled = np.arange(width) < lengths[:, None]
-            padded = np.full(filled.shape, self.padding.get(name, 0), np.int64)
-            padded[filled] = values
-            columns[name] = torch.from_numpy(padded)
-            if name == "input_ids":
-                columns["attention_mask"] = torch.from_numpy(filled.astype(np.int64))
-        result: dict[str, Any] = {"labels": columns.pop("labels")} if "labels" in columns else {}
-        result["inputs"] = columns
-        result["rows"] = torch.from_numpy(batch.rows)
-        result["valid"] = torch.full((len(batch.rows),), batch.valid)
-        return result
-
-
 class _Planned(torch.utils.data.Dataset[dict[str, Any]]):
     """The batches of a plan, as what PyTorch's workers read."""
 
-    def __init__(self, plan: list[Batch], collate: _Collate) -> None:
+    def __init__(self, plan: list[Batch], collate: Callable[[Batch], dict[str, Any]]) -> None:
         self.plan, self.collate = plan, collate
 
     def __len__(self) -> int:

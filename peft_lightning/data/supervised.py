@@ -16,6 +16,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from peft_lightning.data.cache import Encoded, cache_folder
+from peft_lightning.data.collate import PaddingCollate
 from peft_lightning.data.encode import encode_split
 from peft_lightning.data.loader import LengthGroupedSampler, Loader
 from peft_lightning.data.source import open_source
@@ -99,7 +100,7 @@ class TaskDataModule(LightningDataModule):
         """
         tokenizer: Any = self._tokenizer_choice
         if isinstance(tokenizer, str):
-            from peft_lightning.backbones.build import load_tokenizer
+            from peft_lightning.backbones.tokenizers import load_tokenizer
 
             name = tokenizer
             if name not in self._loaded:
@@ -204,9 +205,8 @@ class TaskDataModule(LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
         )
         return Loader(
-            data,
+            PaddingCollate(data, pad_token_id=int(cast(int, self.tokenizer.pad_token_id))),
             sampler,
-            pad_token_id=int(cast(int, self.tokenizer.pad_token_id)),
             # Overfitting means seeing the same batches again.
             epoch=lambda: trainer.current_epoch if trainer and not getattr(trainer, "overfit_batches", 0) else 0,
             workers=self.workers,

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from peft_lightning.data.cache import Encoded
-from peft_lightning.data.loader import LengthGroupedSampler, Loader
+from peft_lightning.data.collate import PaddingCollate
+from peft_lightning.data.loader import Batch, LengthGroupedSampler, Loader
 from peft_lightning.errors import DataError, UsageError
 from tests.reference.sampler import counted_rows, global_batches
 
@@ -40,7 +41,7 @@ def split_of(lengths: np.ndarray) -> Encoded:
 def loader_of(lengths: np.ndarray, batch_size: int = 4, shuffle: bool = True, **options: Any) -> Loader:
     """A loader of one rank."""
     sampler = LengthGroupedSampler(lengths, batch_size, shuffle=shuffle)
-    return Loader(split_of(lengths), sampler, pad_token_id=7, **options)
+    return Loader(PaddingCollate(split_of(lengths), pad_token_id=7), sampler, **options)
 
 
 # -- the sampler
@@ -130,48 +131,47 @@ def test_fewer_rows_than_ranks() -> None:
     assert len(LengthGroupedSampler(np.ones(2), 4, shuffle=False, world_size=3)) == 1
 
 
-# -- batches
+@given(size=st.integers(1, 60), batch_size=st.integers(1, 5), world=st.integers(1, 4), epoch=st.integers(0, 3))
+def test_whole_batches_only(size: int, batch_size: int, world: int, epoch: int) -> None:
+    lengths = np.arange(size) % 7 + 1
+    if size < batch_size * world:
+        return
+    dealt = plans(lengths, batch_size, world, epoch, shuffle=True, whole=True)
+    assert {len(batch.rows) for plan in dealt for batch in plan} == {batch_size}
+    assert {len(plan) for plan in dealt} == {size // (batch_size * world)}
+    assert {len(sampler) for sampler in samplers(lengths, batch_size, world, shuffle=True, whole=True)} == {
+        size // (batch_size * world)
+    }
+    others = global_batches(plans(lengths, batch_size, world, epoch, shuffle=True))
+    assert global_batches(dealt) == others[: size // (batch_size * world)]
+    # Evaluation loses nothing.
+    assert counted_rows(plans(lengths, batch_size, world, shuffle=False, whole=True)) == list(range(size))
 
 
-@given(lengths=LENGTHS, batch_size=st.integers(1, 5), multiple=st.sampled_from([1, 8]))
-def test_batches_are_padded_rows(lengths: np.ndarray, batch_size: int, multiple: int) -> None:
-    loader = loader_of(lengths, batch_size, pad_multiple=multiple)
-    for batch in loader:
-        inputs, rows = batch["inputs"], batch["rows"].tolist()
-        width = -(-max(lengths[rows]) // multiple) * multiple
-        expected: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "token_type_ids": []}
-        for row in rows:
-            n, gap = int(lengths[row]), width - int(lengths[row])
-            expected["input_ids"].append([100 * row + t for t in range(n)] + [7] * gap)
-            expected["attention_mask"].append([1] * n + [0] * gap)
-            expected["token_type_ids"].append([1] * n + [0] * gap)
-        assert {name: values.tolist() for name, values in inputs.items()} == expected
-        assert all(values.dtype == torch.int64 for values in (*inputs.values(), batch["labels"], batch["rows"]))
-        assert batch["labels"].tolist() == rows
-        assert batch["valid"].dtype == torch.bool and batch["valid"].all()
+def test_fewer_rows_than_a_whole_batch() -> None:
+    with pytest.raises(DataError, match="the split has 7 rows for a global batch of 8; allowed: at least 8"):
+        LengthGroupedSampler(np.ones(7), 4, shuffle=True, world_size=2, whole=True)
 
 
-def test_padding_row_does_not_count() -> None:
-    sampler = LengthGroupedSampler(np.array([2, 3, 4]), 1, shuffle=False, world_size=2, rank=1)
-    batches = list(Loader(split_of(np.array([2, 3, 4])), sampler, pad_token_id=0))
-    assert [batch["rows"].tolist() for batch in batches] == [[1], [0]]
-    assert [batch["valid"].tolist() for batch in batches] == [[True], [False]]
-
-
-def test_lists_as_labels_are_padded_with_the_number_that_losses_ignore() -> None:
-    data = split_of(np.array([2, 1]))
-    data.ragged["labels"] = data.ragged.pop("token_type_ids")
-    data.scalars.clear()
-    (batch,) = Loader(data, LengthGroupedSampler(data.lengths(), 2, shuffle=False), pad_token_id=0)
-    assert batch["labels"].tolist() == [[1, 1], [1, -100]]
-    assert set(batch["inputs"]) == {"input_ids", "attention_mask"}
-
-
-def test_unlabelled_split_gives_no_labels() -> None:
-    data = split_of(np.array([2, 1]))
-    data.scalars.clear()
-    (batch,) = Loader(data, LengthGroupedSampler(data.lengths(), 2, shuffle=False), pad_token_id=0)
-    assert set(batch) == {"inputs", "rows", "valid"}
+@given(
+    lengths=LENGTHS,
+    batch_size=st.integers(1, 5),
+    world=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+    shuffle=st.booleans(),
+)
+def test_places_count_through_the_global_batch(
+    lengths: np.ndarray, batch_size: int, world: int, epoch: int, shuffle: bool
+) -> None:
+    if shuffle and len(lengths) < world:
+        return
+    dealt = plans(lengths, batch_size, world, epoch, shuffle=shuffle)
+    alone = plans(lengths, batch_size * world, 1, epoch, shuffle=shuffle)[0]
+    for number, batches in enumerate(zip(*dealt, strict=True)):
+        assert all((batch.epoch, batch.number) == (epoch, number) for batch in batches)
+        assert all(len(batch.places) == len(batch.rows) for batch in batches)
+        placed = sorted(pair for batch in batches if batch.valid for pair in zip(batch.places, batch.rows, strict=True))
+        assert placed == list(enumerate(alone[number].rows))
 
 
 # -- state
@@ -201,6 +201,19 @@ def test_continuing_anywhere_gives_the_rest(size: int, batch_size: int, epoch: i
     assert rows_read(second) == whole[stop:]
     assert second.state_dict()["position"] == len(whole)
     assert rows_read(second) == whole
+
+
+def test_a_collate_sees_nothing_but_the_batch() -> None:
+    seen: list[Batch] = []
+
+    def collate(batch: Batch) -> dict[str, Any]:
+        seen.append(batch)
+        return {"rows": torch.from_numpy(batch.rows)}
+
+    sampler = LengthGroupedSampler(np.arange(10) + 1, 4, shuffle=True)
+    assert len(rows_read(Loader(collate, sampler, epoch=lambda: 3))) == 3
+    for batch, planned in zip(seen, sampler.plan(3), strict=True):
+        assert [np.array(part).tolist() for part in batch] == [np.array(part).tolist() for part in planned]
 
 
 @pytest.mark.parametrize("stop", [1, 5])
