@@ -185,7 +185,7 @@ class MethodModule(L.LightningModule, ABC):
             weight: sum of their weights, a scalar; summed over ranks here, since DDP averages gradients.
         """
         world = self.trainer.world_size
-        weight = self.trainer.strategy.reduce(weight.detach(), reduce_op="sum")
+        weight = self.trainer.strategy.reduce(weight.detach().clone(), reduce_op="sum")  # reduces in place
         self._totals.append(total.detach() * world)
         self._weights.append(weight)
         return total * world / self._weights[0].clamp_min(torch.finfo(torch.float32).tiny)
