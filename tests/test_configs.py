@@ -15,10 +15,20 @@ import yaml
 
 import peft_lightning
 from peft_lightning.cli.main import main
+from peft_lightning.data.toy import toy_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 METHODS = sorted((ROOT / "configs").glob("*.yaml"))
+# What these pretrain on here; a method that is tuned uses the toy task instead.
+SMALL = [
+    "--config",
+    "configs/overlays/pretrain_cpu.yaml",
+    "--data.vocab_size",
+    "300",
+    "--model.backbone.compile",
+    "false",
+]
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 MACHINE = {"accelerator", "devices", "num_nodes", "strategy", "precision", "plugins", "benchmark"}
 # A machine's overlay says how a GPU or several processes are used; two steps of it must run on any machine.
@@ -54,14 +64,47 @@ def test_the_first_line_is_a_command_that_uses_the_file(path: Path) -> None:
 def test_two_steps(path: Path, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     run = tmp_path / "run"
-    toy = ["--config", "configs/overlays/toy.yaml"]
+    words = _command(path)
+    if _pretrains(words):
+        (tmp_path / "text.txt").write_text("\n\n".join(toy_texts()), encoding="utf-8")
+        toy = [*SMALL, "--data.inputs", str(tmp_path / "text.txt"), "--trainer.val_check_interval=2"]
+    else:
+        toy = ["--config", "configs/overlays/toy.yaml"]
     short = ["--trainer.max_steps=2", "--trainer.limit_val_batches=2", "--trainer.enable_progress_bar=false"]
-    main([*_command(path), *toy, *HERE, *short, "--run_dir", str(run)])
+    main([*words, *toy, *HERE, *short, "--run_dir", str(run)])
     state = torch.load(run / "last.ckpt", weights_only=True)
     assert state["global_step"] == 2
     assert (run / "config.yaml").is_file()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def toy_texts() -> list[str]:
+    """Texts of the toy language, some hundred blocks of them."""
+    return [row["text"] for row in toy_rows("toy_sentiment", "train")] * 4
+
+
+def _pretrains(words: list[str]) -> bool:
+    files = [ROOT / words[place + 1] for place, word in enumerate(words) if word == "--config"]
+    return any(_load(file).get("data", {}).get("class_path") == "MLMDataModule" for file in files)
+
+
+@pytest.mark.parametrize("path", [path for path in OVERLAYS if path.stem.startswith("pretrain_")], ids=_name)
+def test_every_machine_trains_on_batches_of_one_size(path: Path) -> None:
+    """The paper's 1,024 blocks a step and 2,500 steps between validations, however many devices there are."""
+    if path.stem == "pretrain_cpu":  # a model of its own
+        return
+    settings = {**_flat(_load(ROOT / "configs" / "sctd_pretrain.yaml")), **_flat(_load(path))}
+    blocks = settings.get("data.init_args.batch_size", 32) * settings["trainer.accumulate_grad_batches"]
+    blocks *= settings.get("trainer.devices", 1) * settings.get("trainer.num_nodes", 1)
+    assert blocks == 1024
+    assert settings["trainer.val_check_interval"] == 2500 * settings["trainer.accumulate_grad_batches"]
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict):
+        return {prefix: content}
+    return {k: v for key, part in content.items() for k, v in _flat(part, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 @pytest.mark.parametrize("path", METHODS, ids=_name)
@@ -72,10 +115,15 @@ def test_a_method_says_nothing_about_machines_and_folders(path: Path) -> None:
     assert "run_dir" not in content
 
 
-@pytest.mark.parametrize("path", [path for path in OVERLAYS if path.stem != "toy"], ids=_name)
+# How a machine computes and loads is in the model's and the data's section.
+MACHINES_OWN = {"model.init_args.backbone.compile", "data.init_args.batch_size", "data.init_args.workers"}
+
+
+@pytest.mark.parametrize("path", [p for p in OVERLAYS if p.stem not in ("toy", "pretrain_cpu")], ids=_name)
 def test_an_overlay_says_nothing_about_science(path: Path) -> None:
     content = _load(path)
-    assert not {"model", "data", "seed_everything"} & set(content)
+    sections = {key: part for key, part in content.items() if key in ("model", "data", "seed_everything")}
+    assert not set(_flat(sections) if sections else ()) - MACHINES_OWN
     assert not {"max_epochs", "max_steps", "gradient_clip_val"} & set(content.get("trainer", {}))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from peft_lightning.data.toy import toy_rows
-from peft_lightning.methods import SparseAdapterModule
+from peft_lightning.methods import SCTDPretrainModule, SparseAdapterModule
 from tests.families import backbone_setting
 from tests.toy import METHODS, build, data, trainer
 
@@ -32,6 +32,14 @@ SPARSE: dict[str, dict[str, Any]] = {
 }
 
 
+# Other losses on the step with a teacher; documents apart.
+SCTD: dict[str, dict[str, Any]] = {
+    "paper": {"drop": {"preset": "sctd-paper", "interval": 2}},
+    "released": {"drop": {"preset": "sctd-released", "interval": 2}},
+    "full": {"drop": {"preset": "drop+full", "interval": 2}},
+}
+
+
 def runs() -> Iterator[tuple[str, type[Any], dict[str, Any], dict[str, Any]]]:
     """Name of a run, its method, and the options of module and trainer."""
     for method in METHODS:
@@ -39,12 +47,15 @@ def runs() -> Iterator[tuple[str, type[Any], dict[str, Any], dict[str, Any]]]:
             yield f"{method.__name__}-{variant}", method, options, settings
     for variant, options in SPARSE.items():
         yield f"SparseAdapterModule-{variant}", SparseAdapterModule, options, {}
+    for variant, options in SCTD.items():
+        yield f"SCTDPretrainModule-{variant}", SCTDPretrainModule, options, {}
 
 
 def main(folder: Path, ranks: int) -> None:
     """One fit and one test per run, the same global batches whatever the number of ranks."""
     rows = {s: toy_rows("toy_sentiment", s, size=n) for s, n in (("train", 75), ("validation", 21), ("test", 17))}
     for name, method, options, settings in runs():
+        # two processes add numbers up in another order: a large epsilon keeps Adam from making much of it
         module = build(method, dropout=0.0, optim={"lr": 1e-3, "eps": 1e-4}, **options)
         source = data(batch_size=16 // ranks, rows=rows, method=method)
         many: dict[str, Any] = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}

@@ -7,24 +7,15 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from peft_lightning.atomic import atomic_write, fresh_folder
+from peft_lightning.cli.parser import ToolParser
 from peft_lightning.errors import UsageError
 
 __all__ = ["run_probe"]
 
 _LENGTH = 128
-
-
-class _Parser(argparse.ArgumentParser):
-    """Options in full words only, and a wrong one is a usage error of one line."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog.removeprefix('peft-lightning ')}: {message}")
 
 
 def run_probe(words: list[str]) -> None:
@@ -72,8 +63,8 @@ def run_probe(words: list[str]) -> None:
     sys.stdout.write(f"wrote {given.out}\n")
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> ToolParser:
+    parser = ToolParser(
         prog="peft-lightning probe",
         description="Fit a linear classifier on the frozen vectors of every layer of a backbone, and measure what each "
         "layer knows of a sentence.",

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
-from peft_lightning.errors import UsageError
+from peft_lightning.cli.parser import ToolParser
 
 __all__ = ["run_tool"]
-
-
-class _Parser(argparse.ArgumentParser):
-    """Options in full words only, and a wrong one is a usage error of one line."""
-
-    def __init__(self, **options: object) -> None:
-        super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog.removeprefix('peft-lightning ')}: {message}")
 
 
 def run_tool(words: list[str]) -> None:
@@ -44,11 +32,11 @@ def run_tool(words: list[str]) -> None:
 
 
 def _export(words: list[str]) -> None:
-    parser = _Parser(
+    parser = ToolParser(
         prog="peft-lightning export",
         description="Write a trained adapter for AdapterHub's library, for Hugging Face PEFT (LoRA only), or as an "
-        "adapter folder of our own. Masks travel as zeros, with the masks themselves in a file beside them. A pretrained "
-        "model is written as a folder of Hugging Face transformers.",
+        "adapter folder of our own. Masks travel as zeros, with the masks themselves in a file beside them. A "
+        "pretrained model is written as a folder of Hugging Face transformers.",
     )
     parser.add_argument("--ckpt_path", required=True, help="a checkpoint, a run's folder or an adapter folder")
     parser.add_argument("--format", required=True, help="adapterhub, peft, peft_lightning or transformers")
@@ -69,7 +57,7 @@ def _export(words: list[str]) -> None:
 
 
 def _import(words: list[str]) -> None:
-    parser = _Parser(
+    parser = ToolParser(
         prog="peft-lightning import",
         description="Read an adapter that AdapterHub's library or Hugging Face PEFT (LoRA) wrote, check it against the "
         "backbone, and write it as an adapter folder of our own, which load() reads.",

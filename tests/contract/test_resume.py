@@ -89,6 +89,10 @@ SETTINGS = {
     "validating inside an accumulation": {"max_epochs": 2, "val_check_interval": 3, "accumulate_grad_batches": 2},
     "validating every other epoch": {"max_epochs": 4, "check_val_every_n_epoch": 2},
     "by steps": {"max_steps": 23, "max_epochs": -1},
+    "validating by steps": {
+        **{"max_steps": 11, "max_epochs": -1, "accumulate_grad_batches": 2},
+        **{"val_check_interval": 6, "check_val_every_n_epoch": None},
+    },
 }
 
 
