@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peft_lightning.atomic import fresh_folder
 from peft_lightning.backbones.build import BackboneConfig, as_backbone_config, build_masked_lm, fingerprint
+from peft_lightning.backbones.quiet import quiet
 from peft_lightning.backbones.tokenizers import load_tokenizer, same_tokens, tokenizer_files, tokenizer_from_files
 from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.functional.flops import EncoderShape
@@ -255,7 +256,7 @@ class PretrainModule(MethodModule):
         """
         self.configure_model()
         model: Any = self.model
-        with fresh_folder(folder, replace=replace) as fresh:
+        with fresh_folder(folder, replace=replace) as fresh, quiet():
             model.save_pretrained(fresh)
             if self.tokenizer is not None:
                 for name, text in tokenizer_files(self.tokenizer, self.positions()).items():

@@ -8,14 +8,14 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from peft_lightning.backbones.quiet import quiet
 from peft_lightning.backbones.tokenizers import load_tokenizer
 from peft_lightning.checks import check_types
 from peft_lightning.errors import UsageError, first_line
@@ -151,7 +151,7 @@ def _build(config: BackboneConfig, auto: Any, words: int | None) -> tuple[nn.Mod
             hf_config._attn_implementation = config.attention
         if config.config is not None:
             return model_class(hf_config, **extra).to(DTYPES[config.dtype]), []
-        with _quiet():
+        with quiet():
             model, loading = model_class.from_pretrained(
                 config.name,
                 config=hf_config,
@@ -192,22 +192,6 @@ def fingerprint(backbone: nn.Module) -> dict[str, Any]:
     )
     shape = {key: getattr(config, key) for key in keys if hasattr(config, key)}
     return {**shape, "weights": digest.hexdigest()}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar, and no report on the pooler and heads that a bare encoder leaves out."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -70,7 +70,10 @@ def tokenizer_from_files(files: Mapping[str, str]) -> Any:
                 if Path(name).name != name:
                     raise ValueError(f"{name!r} is no file name")
                 (Path(folder) / name).write_text(text, encoding="utf-8")
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        for name in ("is_local", "local_files_only"):  # where it came from is no property of it
+            tokenizer.init_kwargs.pop(name, None)
+        return tokenizer
     except Exception as error:  # whatever a damaged file leads to, it means the same
         raise CheckpointError(f"the tokenizer in the checkpoint is damaged ({type(error).__name__})") from error
 
