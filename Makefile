@@ -4,7 +4,7 @@ BIN := .venv/bin
 TEST_ARGS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup encoder demo test lint bench-mrpc bench-sparse bench-speed bench-pretrain clean
+.PHONY: help setup encoder demo test lint bench-mrpc bench-sctd bench-sparse bench-speed bench-pretrain clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ bench-mrpc: encoder  ## accuracy on MRPC: 4 arms, up to 3 seeds; goes on where i
 
 bench-sparse: encoder  ## SparseAdapter on MRPC: 11 arms, 3 seeds, tables and figures; goes on where it stopped
 	@$(BIN)/python -m benchmarks.sparse
+
+bench-sctd: .venv/.stamp  ## does pretraining learn: 4 arms, 2 seeds, then MRPC and SST-2; goes on where it stopped
+	@$(BIN)/python -m benchmarks.sctd
 
 bench-speed: encoder  ## step times against full fine-tuning
 	@$(BIN)/python -m benchmarks.speed
