@@ -23,6 +23,8 @@ Records = Mapping[str, Sequence[RunRecord]]
 _CONTROL = "random"
 # A model this far below the entropy of single words has learned from their neighbours.
 _MARGIN = 0.5
+# Training times may differ by this factor and still be called equal.
+_EQUAL = 1.05
 _COLOURS = {"mlm": "#4477aa", "token-drop": "#ee6677", "drop+full": "#228833", "sctd": "#aa3377"}
 _NAMES = {"accuracy": "accuracy", "f1": "F1"}
 
@@ -95,7 +97,7 @@ def pretrain_table(suite: Suite, records: Records) -> str:
     losses = {arm: values(found, "loss") for arm, found in records.items()}
     entropy = next(iter(records.values()))[0].results["unigram_entropy"]
     said = verdict(losses, entropy, len(suite.seeds))[1]
-    return f"{markdown_table(rows)}\n\n{said}\n\n{_context(suite, records)}"
+    return f"{markdown_table(rows)}\n\n{said}{_unequal(records)}\n\n{_context(suite, records)}"
 
 
 def tuning_table(suite: Suite, records: Mapping[str, Records]) -> str:
@@ -173,6 +175,13 @@ def _over(found: Sequence[RunRecord], baseline: Sequence[RunRecord], key: str) -
     pairs = [(record.results[key], by_seed.get(record.seeds["module"])) for record in found]
     over = [value - other for value, other in pairs if other is not None]
     return f"{fmean(over):+.3f} ({min(over):+.3f} to {max(over):+.3f})" if over else ""
+
+
+def _unequal(records: Records) -> str:
+    """Say so where the machine was not as fast as planned for all, so that the comparison is not one at equal time."""
+    seconds = [value for found in records.values() for value in values(found, "training_seconds")]
+    ratio = max(seconds) / min(seconds)
+    return f" **Unequal times:** the longest run trained {ratio:.2f} times the shortest." if ratio > _EQUAL else ""
 
 
 def _range(found: Sequence[float], form: str) -> str:

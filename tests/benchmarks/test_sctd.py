@@ -174,6 +174,13 @@ def test_a_difference_needs_the_same_seed() -> None:
     assert alone["loss over mlm"] == ""
 
 
+def test_unequal_times_are_told() -> None:
+    records = {"mlm": [_pretrained("mlm", 0, 6.0)], "sctd": [_pretrained("sctd", 0, 5.0)]}
+    for seconds, told in ((627.0, False), (658.0, True)):  # against 598
+        records["sctd"][0].results["training_seconds"] = seconds
+        assert ("**Unequal times:** the longest run trained 1.10 times" in pretrain_table(SUITE, records)) == told
+
+
 def test_tuning_table() -> None:
     scores = {"mlm": (0.76, 0.78), "sctd": (0.77, 0.81), "random": (0.68, 0.69)}
     records = {
