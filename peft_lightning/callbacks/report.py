@@ -15,6 +15,7 @@ from rich.table import Table
 
 from peft_lightning.atomic import atomic_write
 from peft_lightning.callbacks.checkpoint import RunCheckpoint
+from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.callbacks.throughput import Throughput
 from peft_lightning.errors import DataError
 from peft_lightning.files.manifest import write_adapter
@@ -115,6 +116,7 @@ class Report(L.Callback):
             "scores": scores,
             **({"steps": trainer.global_step, "skipped_steps": module.skipped_steps} if fitting else {}),
             **({"throughput": speed} if speed and fitting else {}),
+            **(_training_losses(trainer) if fitting else {}),
             "seconds": round(self.state_dict()["seconds"], 2),
             "run": str(self.folder),
         }
@@ -166,12 +168,25 @@ def _table(report: dict[str, Any], module: MethodModule) -> Table:
     return table
 
 
+def _training_losses(trainer: L.Trainer) -> dict[str, Any]:
+    """The first and the last training loss of the log, each with its step."""
+    logs = [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
+    rows = [row for row in logs[0].read() if "train/loss" in row] if logs else []
+    if len(rows) < 2:
+        return {}
+    ends = {"first": rows[0], "last": rows[-1]}
+    return {"train_loss": {end: [int(row["step"]), float(row["train/loss"])] for end, row in ends.items()}}
+
+
 def _text_rows(table: Table, report: dict[str, Any]) -> None:
     """What a masked language model has to say for itself."""
     table.add_row("trained parameters", f"{report['trained_parameters']:,}")
     table.add_row("model", f"{report['model_type']}, {report['layers']} layers of width {report['width']}")
     if "keep" in report:
         table.add_row("tokens kept", f"{report['keep']:.0%} in the middle layers ({report['preset']})")
+    if "train_loss" in report:
+        ends = [f"{loss:.4f} at step {step:,}" for step, loss in report["train_loss"].values()]
+        table.add_row("training loss", ", ".join(ends))
     for name, value in report["scores"].items():
         table.add_row(f"{report['stage']} {name.replace('_', ' ')}", f"{value:.4f}")
     speed = report.get("throughput", {})

@@ -139,7 +139,9 @@ def _read(path: Path, key: str) -> Encoded:
     import pyarrow as pa
 
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    metadata, data = reader.schema.metadata or {}, _views(reader.get_batch(0))
+    batch = reader.get_batch(0)
+    batch.validate()  # offsets that lead outside of the file would end the process, not raise
+    metadata, data = reader.schema.metadata or {}, _views(batch)
     if metadata.get(b"key") != key.encode() or metadata.get(b"checksum") != _checksum(data):
         raise ValueError("its checksum differs")
     return data
