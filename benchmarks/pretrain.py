@@ -128,7 +128,7 @@ def _megabytes(texts: Sequence[str]) -> float:
 def _measure(tiny: bool, device: str, threads: int, environment: dict[str, Any]) -> RunRecord:
     turns, repeats = (2, 1) if tiny else (20, 3)
     started = time.perf_counter()
-    chosen, series = settings(tiny, device), {}
+    chosen, series = settings(tiny, device), dict[str, list[float]]()
     for key, setting in chosen.items():
         series |= {f"{key}/{name}": seconds for name, seconds in _time_steps(setting, turns).items()}
         gc.collect()

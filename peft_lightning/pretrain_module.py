@@ -88,7 +88,7 @@ class PretrainModule(MethodModule):
 
     def _find_tokenizer(self) -> Any:
         """The data's, which is the checkpoint's or the backbone's where there is one; without a trainer, those."""
-        given = getattr(self._trainer and self._trainer.datamodule, "tokenizer", None)
+        given = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
         name = self.tokenizer_name
         if isinstance(name, str):
             name = load_tokenizer(name)

@@ -46,14 +46,15 @@ def tiny(dropout: float = 0.1, **changes: Any) -> dict[str, Any]:
     return {**TINY, "config": config, **changes}
 
 
-def build(method: type[Any], *, backbone: Any = None, dropout: float = 0.1, **options: Any) -> Any:
+def build(method: Any, *, backbone: Any = None, dropout: float = 0.1, **options: Any) -> Any:
     """A module of ``method`` on the toy task, or on the toy language."""
     if issubclass(method, PretrainModule):
         options = {name: value for name, value in options.items() if name not in TASK_OPTIONS}
         options.setdefault("optim", {"lr": 2e-3})
         if "drop" in inspect.signature(method).parameters:
             options.setdefault("drop", {"interval": 3})
-        return method(backbone=deep(backbone or tiny(dropout)), **options)
+        setting: Any = deep(backbone or tiny(dropout))
+        return method(backbone=setting, **options)
     options.setdefault("task", "toy_sentiment")
     options.setdefault("optim", {"lr": LEARNING_RATE.get(method.__name__, 5e-3)})
     options.setdefault("head_dropout", dropout)

@@ -128,6 +128,7 @@ class SCTDPretrainModule(PretrainModule):
             mask_BSS=self.sight(batch),
         )
         student, teacher = (run.teacher, None) if run.student is None else (run.student, run.teacher)
+        assert student is not None
         a_teacher = 0.5 if both and self.drop.of("full_loss") == "teacher" else 0.0
         words = both and self.drop.of("global_kl") == "masked_logits"
         c = self.drop.weight if words else 0.0

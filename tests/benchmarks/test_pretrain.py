@@ -67,4 +67,4 @@ def test_arms_learn_the_same_from_the_same_batch() -> None:
         ends.append({key: tensor.clone() for key, tensor in model.state_dict().items()})
     for key, tensor in ends[0].items():
         for other in ends[1:]:
-            assert_close(other[key], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+            assert_close(other[key], tensor, rtol=1e-4, atol=1e-6, msg=key)

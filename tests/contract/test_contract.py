@@ -276,7 +276,7 @@ def test_pretraining_accumulates_like_the_large_batch(method: type[MethodModule]
     ends = []
     for batches, group in ((small, 2), (large, 1)):
         module = build(method, dropout=0.0, **options)
-        loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
         trainer(max_epochs=1, accumulate_grad_batches=group, gradient_clip_val=0.5).fit(module, loader)
         ends.append(module.owned_state())
     assert_close(ends[0], ends[1], rtol=1e-4, atol=2e-6)

@@ -82,7 +82,7 @@ def assert_same_end(method: type[MethodModule], tmp_path: Path, stops: list[L.Ca
 
 
 # 10 micro-batches an epoch; groups of 3, the last of 1: 4 optimizer steps an epoch.
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"max_epochs": 3},
     "accumulating": {"max_epochs": 3, "accumulate_grad_batches": 3},
     "validating inside the epoch": {"max_epochs": 2, "val_check_interval": 4, "accumulate_grad_batches": 2},

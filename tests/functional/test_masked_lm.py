@@ -38,7 +38,7 @@ def test_value_and_every_gradient(factors: tuple[float, float, float], detach: b
     tensors, y = inputs()
     student, teacher, weight, bias = tensors
     found = masked_lm_loss(student, teacher, weight, bias, y, factors=factors, detach=detach, chunk=chunk)
-    expected = plain(*tensors, y, factors, detach)
+    expected = plain(student, teacher, weight, bias, y, factors, detach)
     assert_close(found.loss, expected, rtol=1e-12, atol=1e-12)
     # the loss is scaled by what comes after it
     got = torch.autograd.grad(found.loss * 3, tensors)
@@ -85,7 +85,8 @@ def test_no_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
         return slopes(logs, *rest)
 
     monkeypatch.setattr(masked_lm, "_slopes", watched)
-    loss = masked_lm_loss(*tensors[:2], *tensors[2:], y, factors=(0.5, 0.5, 0.05), chunk=4).loss
+    student, teacher, weight, bias = tensors
+    loss = masked_lm_loss(student, teacher, weight, bias, y, factors=(0.5, 0.5, 0.05), chunk=4).loss
     assert rows == [4, 4, 4, 1]
     saved = [t.shape for t in loss.grad_fn.saved_tensors]  # type: ignore[union-attr]
     assert (N, V) not in saved and (4, V) not in saved

@@ -34,7 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "roberta": {"num_hidden_layers": 4, "pad_token_id": 0},
     "electra": {"num_hidden_layers": 6, "embedding_size": 8},
 }
-EXACT = {"rtol": 1e-10, "atol": 1e-11}
+EXACT: Any = {"rtol": 1e-10, "atol": 1e-11}
 
 
 def model(family: str, **options: Any) -> Any:
@@ -87,7 +87,8 @@ def test_a_semantic_consistent_step_equals_the_plain_one(
 
     y = labels.flatten()
     inputs = [engine.transform(x).flatten(0, 1) for x in (run.student, run.teacher)]
-    found = masked_lm_loss(*inputs, *engine.output_layer(), y, factors=(0.5, 0.5, 0.05), chunk=5).loss
+    weight, bias = engine.output_layer()
+    found = masked_lm_loss(inputs[0], inputs[1], weight, bias, y, factors=(0.5, 0.5, 0.05), chunk=5).loss
     found = found + 0.05 * hidden_divergence(*pair)
     s, t = (plain_head(whole, at(x, targets)).flatten(0, 1) for x in (dropped, full))
     teacher = t.detach().softmax(-1)
@@ -107,7 +108,7 @@ def compare_gradients(whole: Any, found: Tensor, expected: Tensor) -> None:
     for name, one, other in zip(parameters, got, want, strict=True):
         empty = torch.zeros_like(parameters[name])
         one, other = (empty if g is None else g for g in (one, other))
-        assert_close(one, other, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(one, other, **EXACT, msg=f"{name}: {one} {other}")
         used += bool(one.any())
     assert used >= len(parameters) - 1
 
@@ -152,6 +153,7 @@ def test_documents_do_not_see_each_other() -> None:
         assert_close(one[:, :9], two[:, :9], **EXACT)
         assert (one[:, 9:] - two[:, 9:]).abs().max() > 1e-3
     seen = engine(ids, everywhere, keep, full=True)
+    assert seen.teacher is not None and first.teacher is not None
     assert (seen.teacher - first.teacher).abs().max() > 1e-3
 
 
