@@ -11,12 +11,12 @@ import logging
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from lightning import LightningDataModule
 
 from peft_lightning.data.cache import cache_folder
 from peft_lightning.data.collate import MaskingCollate
 from peft_lightning.data.documents import Corpus, held_out_part, open_corpus
-from peft_lightning.data.loader import LengthGroupedSampler, Loader
+from peft_lightning.data.loader import Loader
+from peft_lightning.data.module import SplitDataModule, within
 from peft_lightning.data.pack import Blocks, packed
 from peft_lightning.data.vocabulary import Vocabulary, read_vocabulary
 from peft_lightning.data.wordpiece import FEWEST_WORDS, trained_tokenizer
@@ -26,14 +26,13 @@ from peft_lightning.functional.corruption import MOST_POSITIONS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
 _SHORTEST = 16
 # A share of unknown tokens above which a tokenizer does not speak the language of the texts.
 _MANY = 0.2
 _log = logging.getLogger(__name__)
 
 
-class MLMDataModule(LightningDataModule):
+class MLMDataModule(SplitDataModule):
     """Read, pack and mask a corpus. ``data/collate.py`` says what a batch holds.
 
     Args:
@@ -59,6 +58,8 @@ class MLMDataModule(LightningDataModule):
         UsageError: an option has a value that is not allowed.
     """
 
+    stages = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
+
     def __init__(
         self,
         inputs: str | list[str] | None = None,
@@ -78,13 +79,13 @@ class MLMDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.inputs, self.validation, self.cache_dir = inputs, validation, cache_dir
-        self.vocab_size = _within("vocab_size", vocab_size, FEWEST_WORDS)
-        self.block_size = _within("block_size", block_size, _SHORTEST, MOST_POSITIONS)
-        self.batch_size = _within("batch_size", batch_size, 1)
-        self.eval_batch_size = _within("eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1)
+        self.vocab_size = within("vocab_size", vocab_size, FEWEST_WORDS)
+        self.block_size = within("block_size", block_size, _SHORTEST, MOST_POSITIONS)
+        self.batch_size = within("batch_size", batch_size, 1)
+        self.eval_batch_size = within("eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1)
         self.mask_rate, self.held_out = _share("mask_rate", mask_rate), _share("held_out", held_out)
         self.whole_words, self.separate_documents = whole_words, separate_documents
-        self.seed, self.workers = _within("seed", seed, 0), _within("workers", workers, 0)
+        self.seed, self.workers = within("seed", seed, 0), within("workers", workers, 0)
         self._given = tokenizer
         # From what was chosen to what it led to.
         self._read: tuple[Any, PreTrainedTokenizerBase, Vocabulary] | None = None
@@ -110,40 +111,6 @@ class MLMDataModule(LightningDataModule):
             DataError: it is to be trained, and the corpus or the cache cannot be used.
         """
         return self._language()[0]
-
-    def prepare_data(self) -> None:
-        """Train the tokenizer and pack the corpus in one process, before the others read them."""
-        if self.trainer is not None:
-            self.setup(str(self.trainer.state.fn.value if self.trainer.state.fn else "fit"))
-
-    def setup(self, stage: str) -> None:
-        """Open the packed splits of ``stage``: fit, validate or test.
-
-        Raises:
-            UsageError: an option has a value that is not allowed, or leads to no data.
-            DataError: the corpus or the cache cannot be used.
-        """
-        if stage not in _STAGES:
-            raise UsageError(f"the stage is {stage}; allowed for a corpus: {', '.join(_STAGES)}")
-        for name in _STAGES[stage]:
-            if not (stage == "fit" and name == "validation" and self._validates_nothing):
-                self._load(name)
-
-    def train_dataloader(self) -> Loader:
-        """Return the training batches of this rank."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> Loader:
-        """Return the validation batches of this rank."""
-        return self._loader("validation")
-
-    def test_dataloader(self) -> Loader:
-        """Return the test batches of this rank: of the validation split, where the inputs have no test split."""
-        return self._loader("test")
-
-    @property
-    def _validates_nothing(self) -> bool:
-        return self.trainer is not None and self.trainer.limit_val_batches == 0
 
     def _language(self) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
         """Return the tokenizer of the module at hand, which may be another one than in an earlier fit."""
@@ -184,7 +151,12 @@ class MLMDataModule(LightningDataModule):
             self._opened[split] = open_corpus(self.inputs, split)
         return self._opened[split]
 
-    def _load(self, split: str) -> Blocks:
+    def load(self, split: str) -> Blocks:
+        """Return the packed blocks of a split.
+
+        Raises:
+            DataError: the corpus or the cache cannot be used, or a block has too few words for its targets.
+        """
         _, vocabulary = self._language()
         key = split, vocabulary.digest
         if key not in self._blocks:
@@ -200,18 +172,12 @@ class MLMDataModule(LightningDataModule):
             self._blocks[key] = blocks
         return self._blocks[key]
 
-    def _loader(self, split: str) -> Loader:
-        blocks, trainer, training = self._load(split), self.trainer, split == "train"
+    def loader(self, split: str) -> Loader:
+        """Return this rank's batches of a split."""
+        blocks, training = self.load(split), split == "train"
         batch_size = self.batch_size if training else self.eval_batch_size
-        sampler = LengthGroupedSampler(
-            np.full(len(blocks), self.block_size),
-            batch_size,
-            shuffle=training,
-            seed=self.seed,
-            world_size=trainer.world_size if trainer else 1,
-            rank=trainer.global_rank if trainer else 0,
-            whole=True,
-        )
+        lengths = np.full(len(blocks), self.block_size)
+        sampler = self.sampler(lengths, batch_size, shuffle=training, seed=self.seed, whole=True)
         collate = MaskingCollate(
             blocks,
             self._language()[1],
@@ -222,20 +188,7 @@ class MLMDataModule(LightningDataModule):
             whole_words=self.whole_words,
             separate_documents=self.separate_documents,
         )
-        return Loader(
-            collate,
-            sampler,
-            # Overfitting means seeing the same batches again.
-            epoch=lambda: trainer.current_epoch if trainer and not getattr(trainer, "overfit_batches", 0) else 0,
-            workers=self.workers,
-        )
-
-
-def _within(option: str, value: int, least: int, most: int | None = None) -> int:
-    if value < least or (most is not None and value > most):
-        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise UsageError(f"{option} is {value}; allowed: {allowed}")
-    return value
+        return Loader(collate, sampler, epoch=self.epoch(), workers=self.workers)
 
 
 def _share(option: str, value: float) -> float:

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 
 from peft_lightning.data.cache import Encoded, cache_folder
 from peft_lightning.data.collate import PaddingCollate
 from peft_lightning.data.encode import encode_split
-from peft_lightning.data.loader import LengthGroupedSampler, Loader
+from peft_lightning.data.loader import Loader
+from peft_lightning.data.module import SplitDataModule, within
 from peft_lightning.data.source import open_source
 from peft_lightning.errors import DataError, UsageError
 from peft_lightning.tasks.kinds.base import build_kind
@@ -27,20 +27,13 @@ from peft_lightning.tasks.table import Task, get_task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_STAGES = {
-    "fit": ("train", "validation"),
-    "validate": ("validation",),
-    "test": ("test",),
-    "predict": ("predict",),
-}
-
 
 # A share of unknown tokens above which a tokenizer does not speak the language of the data.
 _MANY = 0.2
 _log = logging.getLogger(__name__)
 
 
-class TaskDataModule(LightningDataModule):
+class TaskDataModule(SplitDataModule):
     """Read, encode and batch the splits of a task.
 
     Args:
@@ -59,6 +52,13 @@ class TaskDataModule(LightningDataModule):
     Raises:
         UsageError: an option has a value that is not allowed.
     """
+
+    stages = {
+        "fit": ("train", "validation"),
+        "validate": ("validation",),
+        "test": ("test",),
+        "predict": ("predict",),
+    }
 
     def __init__(
         self,
@@ -81,12 +81,10 @@ class TaskDataModule(LightningDataModule):
         if rows is not None and not isinstance(rows, Mapping):
             raise UsageError(f"rows is a {type(rows).__name__}; allowed: a mapping from splits to their rows")
         self.root, self.rows, self.cache_dir = root, rows, cache_dir
-        self.batch_size = _at_least(1, "batch_size", batch_size)
-        self.eval_batch_size = _at_least(
-            1, "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size
-        )
-        self.max_length = _at_least(8, "max_length", max_length)
-        self.seed, self.workers = _at_least(0, "seed", seed), _at_least(0, "workers", workers)
+        self.batch_size = within("batch_size", batch_size, 1)
+        self.eval_batch_size = within("eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1)
+        self.max_length = within("max_length", max_length, 8)
+        self.seed, self.workers = within("seed", seed, 0), within("workers", workers, 0)
         self._tokenizer = tokenizer
         self._loaded: dict[str, Any] = {}
         self._encoded: dict[tuple[str, Any], Encoded] = {}
@@ -115,37 +113,9 @@ class TaskDataModule(LightningDataModule):
             raise UsageError(f"max_length is {self.max_length}; allowed with this tokenizer: at most {most}")
         return cast("PreTrainedTokenizerBase", tokenizer)
 
-    def prepare_data(self) -> None:
-        """Fill the cache in one process, before the others read it."""
-        if self.trainer is not None:
-            self.setup(str(self.trainer.state.fn.value if self.trainer.state.fn else "fit"))
-
-    def setup(self, stage: str) -> None:
-        """Load the splits of ``stage``: fit, validate, test or predict.
-
-        Raises:
-            UsageError: an option has a value that is not allowed, or leads to no data.
-            DataError: the data cannot be used.
-        """
-        for name in _STAGES[stage]:
-            if not (stage == "fit" and name == "validation" and self._validates_nothing):
-                self._load(name)
-
-    def train_dataloader(self) -> Loader:
-        """Return the training batches of this rank."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> Loader:
-        """Return the validation batches of this rank."""
-        return self._loader("validation")
-
-    def test_dataloader(self) -> Loader:
-        """Return the test batches of this rank."""
-        return self._loader("test")
-
     def predict_dataloader(self) -> Loader:
         """Return the batches to predict of this rank, without labels."""
-        return self._loader("predict")
+        return self.loader("predict")
 
     def labels(self, stage: str) -> Tensor:
         """Return all labels of ``stage`` (train, validation or test), in the order of its rows.
@@ -158,7 +128,7 @@ class TaskDataModule(LightningDataModule):
         if stage not in self.task.splits or stage == "predict":
             raise DataError(f"the stage {stage!r} has no labels; allowed: train, validation, test")
         # A copy, since the cache is mapped read-only.
-        data = self._load(stage)
+        data = self.load(stage)
         if "labels" in data.scalars:
             return torch.from_numpy(data.scalars["labels"].copy())
         return torch.from_numpy(data.ragged["labels"][0].copy()).view(len(data), -1)
@@ -170,22 +140,24 @@ class TaskDataModule(LightningDataModule):
             return self._tokenizer
         return getattr(getattr(self.trainer, "lightning_module", None), "tokenizer_name", None)
 
-    @property
-    def _validates_nothing(self) -> bool:
-        return self.trainer is not None and self.trainer.limit_val_batches == 0
+    def load(self, split: str) -> Encoded:
+        """Return the encoded rows of a stage: train, validation, test or predict.
 
-    def _load(self, stage: str) -> Encoded:
-        key = (stage, self._tokenizer_choice)
+        Raises:
+            UsageError: an option leads to no data.
+            DataError: the data cannot be used.
+        """
+        key = (split, self._tokenizer_choice)
         if key not in self._encoded:
             self._encoded[key] = encode_split(
-                open_source(self.task, stage, self.rows, self.root),
+                open_source(self.task, split, self.rows, self.root),
                 self.kind,
                 self.tokenizer,
                 max_length=self.max_length,
-                labelled=stage != "predict",
+                labelled=split != "predict",
                 folder=cache_folder(self.cache_dir),
             )
-            self._warn_of_unknown_words(stage, self._encoded[key])
+            self._warn_of_unknown_words(split, self._encoded[key])
         return self._encoded[key]
 
     def _warn_of_unknown_words(self, stage: str, data: Encoded) -> None:
@@ -194,26 +166,10 @@ class TaskDataModule(LightningDataModule):
         if share > _MANY and getattr(self.trainer, "is_global_zero", True):
             _log.warning("%.0f %% of the tokens of %s are unknown to the tokenizer", 100 * share, stage)
 
-    def _loader(self, stage: str) -> Loader:
-        data, trainer, training = self._load(stage), self.trainer, stage == "train"
-        sampler = LengthGroupedSampler(
-            data.lengths(),
-            self.batch_size if training else self.eval_batch_size,
-            shuffle=training,
-            seed=self.seed,
-            world_size=trainer.world_size if trainer else 1,
-            rank=trainer.global_rank if trainer else 0,
-        )
-        return Loader(
-            PaddingCollate(data, pad_token_id=int(cast(int, self.tokenizer.pad_token_id))),
-            sampler,
-            # Overfitting means seeing the same batches again.
-            epoch=lambda: trainer.current_epoch if trainer and not getattr(trainer, "overfit_batches", 0) else 0,
-            workers=self.workers,
-        )
-
-
-def _at_least(least: int, option: str, value: int) -> int:
-    if value < least:
-        raise UsageError(f"{option} is {value}; allowed: at least {least}")
-    return value
+    def loader(self, split: str) -> Loader:
+        """Return this rank's batches of a stage."""
+        data, training = self.load(split), split == "train"
+        batch_size = self.batch_size if training else self.eval_batch_size
+        sampler = self.sampler(data.lengths(), batch_size, shuffle=training, seed=self.seed)
+        collate = PaddingCollate(data, pad_token_id=int(cast(int, self.tokenizer.pad_token_id)))
+        return Loader(collate, sampler, epoch=self.epoch(), workers=self.workers)

@@ -372,8 +372,8 @@ def test_the_module_s_tokenizer_comes_before_a_trained_one(folder: Path) -> None
     # As a module does that had none.
     owner.tokenizer_name = trained
     assert data.tokenizer is trained
-    blocks = data._load("train")
-    assert data._load("train") is blocks
+    blocks = data.load("train")
+    assert data.load("train") is blocks
     data._given = "toy"
     assert data.tokenizer is toy_tokenizer()
 
@@ -550,7 +550,7 @@ def test_validation_is_not_needed_where_nothing_is_validated(folder: Path) -> No
 
 
 def test_nothing_is_predicted(folder: Path) -> None:
-    with pytest.raises(UsageError, match="the stage is predict; allowed for a corpus: fit, validate, test"):
+    with pytest.raises(UsageError, match="the stage is predict; allowed for this data: fit, validate, test"):
         module(folder).setup("predict")
 
 
@@ -593,6 +593,6 @@ def test_real_corpora(shared_data: Path, cache_dir: Path, encoder: str) -> None:
         data.setup("fit")
         batch = next(iter(data.train_dataloader()))
         assert batch["input_ids"].shape == (32, 128) and batch["targets"].shape == (32, 19)
-        assert data._load("train").unknown < 0.05
+        assert data.load("train").unknown < 0.05
         text = data.tokenizer.decode(batch["input_ids"].scatter(1, batch["targets"], batch["labels"])[0, 1:])
         assert sum(word in text.split() for word in ("the", "of", "and", "a", "to", "in")) >= 3, json.dumps(text)
