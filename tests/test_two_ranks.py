@@ -42,6 +42,10 @@ def test_as_one_process(name: str, ends: dict[int, Path]) -> None:
     for key, tensor in two[0]["state"].items():
         assert torch.equal(tensor, two[1]["state"][key]), f"ranks differ in {key}"
     assert two[0]["test"] == two[1]["test"]
+    for end in (one, *two):  # stopped in the middle of an epoch and gone on: the same bits
+        for key, tensor in end.get("resumed", {}).items():
+            assert torch.equal(tensor, end["state"][key]), key
+    assert ("resumed" in one) == name.endswith("-plain")
     masks = {key: tensor for key, tensor in one["state"].items() if tensor.dtype == torch.bool}
     for key, mask in masks.items():
         assert torch.equal(mask, two[0]["state"][key]), key

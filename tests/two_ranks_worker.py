@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 
 from peft_lightning.data.toy import toy_rows
@@ -62,7 +63,30 @@ def main(folder: Path, ranks: int) -> None:
         fit = trainer(folder / name, max_epochs=2, **settings, **many)
         fit.fit(module, datamodule=source)
         tested = fit.test(module, datamodule=source, verbose=False)
-        torch.save({"state": module.owned_state(), "test": tested}, folder / f"{name}-{fit.global_rank}.pt")
+        end = {"state": module.owned_state(), "test": tested}
+        if name.endswith("-plain"):
+            end["resumed"] = in_two_parts(method, folder / f"{name}-parts", source, options, many)
+        torch.save(end, folder / f"{name}-{fit.global_rank}.pt")
+
+
+class Stop(L.Callback):
+    """Ends a fit in the middle of the second epoch."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step == 6
+
+
+def in_two_parts(
+    method: type[Any], folder: Path, source: Any, options: dict[str, Any], many: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """What the same run ends with if it stops on the way and goes on from its checkpoint."""
+    for last in (None, str(folder / "last.ckpt")):
+        module = build(method, dropout=0.0, optim={"lr": 1e-3, "eps": 1e-4}, **options)
+        stop: list[L.Callback] = [Stop()] if last is None else []
+        fit = trainer(folder, max_epochs=2, callbacks=stop, **many)
+        fit.fit(module, datamodule=source, ckpt_path=last, weights_only=True if last else None)
+        assert (fit.global_step == 6) == (last is None)
+    return dict(module.owned_state())
 
 
 if __name__ == "__main__":

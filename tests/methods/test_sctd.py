@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch._dynamo.testing
 import transformers
 from torch import Tensor
 from torch.nn import functional as F
@@ -374,3 +375,22 @@ def test_documents_keep_apart_in_training() -> None:
     assert "documents" in batch
     seen = module.sight(batch)
     assert seen is not None and seen.shape == (16, 16, 16) and seen.diagonal(dim1=1, dim2=2).all()
+
+
+def test_two_graphs_are_all_that_training_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One ordinary and one semantic-consistent, over validations, accumulation and the end of an epoch."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=counter, fullgraph=True, **options))
+    ends = []
+    for setting in (False, True):
+        torch._dynamo.reset()
+        module = build(SCTDPretrainModule, dropout=0.0, backbone=tiny(0.0, compile=setting))
+        source = data(batch_size=8, method=SCTDPretrainModule)
+        options: dict[str, Any] = {"max_steps": 18, "max_epochs": -1, "accumulate_grad_batches": 2}
+        trainer(tmp_path / str(setting), val_check_interval=8, **options).fit(module, datamodule=source)
+        ends.append(
+            [float(row["train/loss"]) for row in MetricsCSV(tmp_path / str(setting)).read() if "train/loss" in row]
+        )
+    assert counter.frame_count == 2
+    assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-5)
