@@ -35,12 +35,12 @@ from peft_lightning.task_module import TaskModule
 __all__ = ["main"]
 
 _CONSOLE = Console(highlight=False, soft_wrap=True)
-_WARM, _SCORED = 3, 10
+_WARM, _SCORED, _DUEL = 3, 10, 4
 
 
 def _time_steps(modules: Mapping[str, TaskModule], steps: int) -> dict[str, list[float]]:
     """Return the seconds of ``steps`` steps of each arm, taken in turn after a few that are not counted."""
-    (batch,) = batches(modules["full"], 1)
+    (batch,) = batches(next(iter(modules.values())), 1)
     optimizers = {name: optimizer_of(module) for name, module in modules.items()}
     seconds: dict[str, list[float]] = {name: [] for name in modules}
     names = list(modules)
@@ -122,7 +122,10 @@ def _measure(tiny: bool, threads: int, environment: dict[str, Any]) -> RunRecord
     modules = {name: build() for name, build in arms(tiny).items()}
     identity, (example,) = modules["full"].backbone_fingerprint, batches(modules["full"], 1)
     series = _time_steps(modules, steps)
-    del modules
+    # two that are close need more turns to be told apart
+    pair = {name: modules[name] for name in ("lora", "peft_lora") if name in modules}
+    series |= {f"duel/{name}": seconds for name, seconds in _time_steps(pair, _DUEL * steps).items()}
+    del modules, pair
     series |= _time_loops(tiny, steps, rounds)
     series |= score_seconds(tiny, scored, rounds)
     for name in memory_names(tiny):

@@ -19,7 +19,7 @@ _LINES = (
     ("pfeiffer", "Pfeiffer adapters, dense", "full", 0.71),
     ("lora", "LoRA, rank 8 on query and value", "full", 0.76),
     ("peft_lora", "PEFT's LoRA, rank 8 on query and value (a peer)", "full", None),
-    ("lora", "LoRA over PEFT's", "peft_lora", 1.0),
+    ("duel/lora", "LoRA over PEFT's, in four times as many turns", "duel/peft_lora", 1.0),
     ("parallel", "parallel adapters, dense", "full", None),
     ("mam", "MAM, dense", "full", None),
     ("passes", "forward and backward pass of the scored examples", "passes", None),
