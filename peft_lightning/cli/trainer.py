@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
+import peft_lightning.callbacks.drift
 import peft_lightning.data.corpus
 import peft_lightning.data.supervised
 import peft_lightning.methods  # noqa: F401
