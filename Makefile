@@ -30,7 +30,7 @@ demo: .venv/.stamp  ## pretrain a small model, tune a sparse adapter on it, and 
 	@$(BIN)/peft-lightning fit --config configs/sctd_pretrain.yaml --config configs/overlays/pretrain_cpu.yaml \
 		--run_dir runs/demo/pretrain
 	@$(BIN)/peft-lightning fit --config configs/sparse_adapter.yaml --config configs/overlays/toy.yaml \
-		--config configs/overlays/cpu.yaml --model.backbone '{name: runs/demo/pretrain/model, config: null, tokenizer: null}' \
+		--config configs/overlays/cpu.yaml --model.backbone runs/demo/pretrain/model \
 		--data.max_length 32 --run_dir runs/demo/adapter
 	@$(BIN)/peft-lightning test --ckpt_path runs/demo/adapter/best.ckpt
 

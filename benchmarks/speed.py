@@ -123,7 +123,7 @@ def _measure(tiny: bool, threads: int, environment: dict[str, Any]) -> RunRecord
     identity, (example,) = modules["full"].backbone_fingerprint, batches(modules["full"], 1)
     series = _time_steps(modules, steps)
     # two that are close need more turns to be told apart
-    pair = {name: modules[name] for name in ("lora", "peft_lora") if name in modules}
+    pair: dict[str, TaskModule] = {name: modules[name] for name in ("lora", "peft_lora") if name in modules}
     series |= {f"duel/{name}": seconds for name, seconds in _time_steps(pair, _DUEL * steps).items()}
     del modules, pair
     series |= _time_loops(tiny, steps, rounds)

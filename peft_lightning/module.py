@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from peft_lightning.errors import PeftLightningError, UsageError
 from peft_lightning.files.manifest import FORMAT, MANIFEST_KEY
 from peft_lightning.files.strict import check_fingerprint, check_settings, check_tensors
+from peft_lightning.optimizer import adamw
 from peft_lightning.settings import OptimConfig, as_config
 
 __all__ = ["MethodModule", "step_seed"]
 
+_MOST_SKIPPED = 10
 _REMEDY = "lower optim.lr, raise optim.warmup or clip gradients (trainer.gradient_clip_val)"
 
 
@@ -42,15 +44,15 @@ class MethodModule(L.LightningModule, ABC):
     def __init__(self, *, optim: OptimConfig | Mapping[str, Any], seed: int) -> None:
         super().__init__()
         self.optim = as_config(OptimConfig, optim)
-        if seed < 0:
-            raise UsageError(f"seed = {seed}: must be at least 0")
+        if type(seed) is not int or seed < 0:
+            raise UsageError(f"seed = {seed!r}: must be a whole number, at least 0")
         self.seed = seed
         self.strict_loading = False  # the frozen backbone is not in our files; check_tensors is strict on the rest
         self.backbone_fingerprint: dict[str, Any] = {}
         self._recorded_fingerprint: Mapping[str, Any] | None = None
         self.run_config: dict[str, Any] = {}
         self._built = False
-        self.skipped_steps = 0
+        self.skipped_steps = self._skipped_in_a_row = 0
         self._totals: list[Tensor] = []
         self._weights: list[Tensor] = []
         self.record(optim=self.optim, seed=seed)
@@ -79,11 +81,7 @@ class MethodModule(L.LightningModule, ABC):
         self.hparams.update({key: asdict(v) if is_dataclass(v) else v for key, v in values.items()})  # type: ignore[arg-type]
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that would convert what is trained and saved.
-
-        Raises:
-            UsageError: for any ``*-true`` precision but 32.
-        """
+        """Refuse a precision that would convert what is trained and saved (UsageError): any ``*-true`` but 32."""
         if str(self.trainer.precision) not in ("32-true", "bf16-mixed", "16-mixed"):
             raise UsageError(
                 f"trainer.precision = {self.trainer.precision}: must be 32-true, bf16-mixed or 16-mixed; "
@@ -138,25 +136,13 @@ class MethodModule(L.LightningModule, ABC):
     # -- optimisation ----------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the declared parameters, two groups: matrices with weight decay, vectors without."""
-        parameters = list(self.trainable_parameters().values())
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.optim.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=self.optim.lr,
-            betas=self.optim.betas,
-            eps=self.optim.eps,
-            # Lightning refuses to clip with mixed precision when the optimiser is fused.
-            fused=True if self.trainer.gradient_clip_val is None else None,
-        )
+        """AdamW over the declared parameters, and its schedule."""
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
-            raise UsageError(
-                "trainer.max_epochs = -1: give trainer.max_steps, or the learning rate's schedule has no end"
-            )
+            raise UsageError("trainer.max_epochs = -1: give trainer.max_steps, or the schedule of the rate has no end")
+        # Lightning refuses to clip with mixed precision when the optimiser is fused.
+        fused = True if self.trainer.gradient_clip_val is None else None
+        optimizer = adamw(self.trainable_parameters().values(), self.optim, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.factor(step, int(total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -168,13 +154,14 @@ class MethodModule(L.LightningModule, ABC):
         """
         if not self.training:  # Lightning keeps the mode that it finds
             self.train()
+        self._totals, self._weights = [], []  # a fit that was interrupted may have left some
         self.trainer.fit_loop._load_combined_loader_states()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make dropout a function of (seed, epoch, batch, rank), so that a resumed run repeats it."""
         torch.manual_seed(step_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
 
-    def normalised(self, total: Tensor, weight: Tensor) -> Tensor:
+    def normalised(self, total: Tensor, weight: Tensor, *, alike: bool = False) -> Tensor:
         """Loss of a micro-batch from its sum and its weight, such that gradients equal those of one large batch.
 
         The weight of an optimizer step is known at its end only. Until then its first micro-batch's stands in for
@@ -183,9 +170,10 @@ class MethodModule(L.LightningModule, ABC):
         Args:
             total: sum of the losses of this rank's rows, a scalar.
             weight: sum of their weights, a scalar; summed over ranks here, since DDP averages gradients.
+            alike: whether the weight is the same on all ranks, which then need not speak to each other.
         """
         world = self.trainer.world_size
-        weight = self.trainer.strategy.reduce(weight.detach().clone(), reduce_op="sum")  # reduces in place
+        weight = weight.detach() * world if alike else self.summed(weight.detach().clone())
         self._totals.append(total.detach() * world)
         self._weights.append(weight)
         return total * world / self._weights[0].clamp_min(torch.finfo(torch.float32).tiny)
@@ -212,22 +200,35 @@ class MethodModule(L.LightningModule, ABC):
         if due or skips or self.device.type == "cpu":  # elsewhere looking at a number makes the device wait
             loss = float(self.trainer.strategy.reduce(totals.sum() / weights.sum(), reduce_op="mean"))
             if not np.isfinite(loss):
-                self._refuse_step(loss, step)
-            elif due:
-                self._log_loss(loss, optimizer.param_groups[0]["lr"], step)
+                self._refuse_step(loss, step, optimizer)
+                return
+            self._skipped_in_a_row = 0
+            if due:
+                self.log("train/loss", loss, prog_bar=True, logger=False)
+                self.write_log({"train/loss": loss, "lr": optimizer.param_groups[0]["lr"]}, step)
 
-    def _refuse_step(self, loss: float, step: int) -> None:
-        """Stop, or take the gradients away, so that the optimiser changes neither weights nor moments."""
-        if self.optim.non_finite == "stop":
-            raise PeftLightningError(f"the training loss is {loss} at step {step}; {_REMEDY}, or optim.non_finite skip")
+    def summed(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, in place."""
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def _refuse_step(self, loss: float, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Stop, or see to it that the optimiser changes neither weights nor moments."""
+        self._skipped_in_a_row += 1
+        if self.optim.non_finite == "stop" or self._skipped_in_a_row >= _MOST_SKIPPED:
+            again = f" ({_MOST_SKIPPED} such steps in a row)" if self.optim.non_finite == "skip" else ""
+            raise PeftLightningError(
+                f"the training loss is {loss} at step {step}{again}; {_REMEDY}, or optim.non_finite skip"
+            )
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         for parameter in self.trainable_parameters().values():
-            parameter.grad = None
+            if scaled and optimizer.defaults.get("fused") and parameter.grad is not None:
+                parameter.grad.fill_(torch.inf)  # which the scaler finds and passes over; it must find something
+            else:
+                parameter.grad = None
         self.skipped_steps += 1
         self.write_log({"train/skipped_steps": float(self.skipped_steps)}, step)
-
-    def _log_loss(self, loss: float, lr: float, step: int) -> None:
-        self.log("train/loss", loss, prog_bar=True, logger=False)
-        self.write_log({"train/loss": loss, "lr": lr}, step)
 
     def write_log(self, values: dict[str, float], step: int) -> None:
         """Write numbers to all loggers at once, before a checkpoint of the same step."""

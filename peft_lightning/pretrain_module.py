@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from peft_lightning.atomic import fresh_folder
 from peft_lightning.backbones.build import BackboneConfig, as_backbone_config, build_masked_lm, fingerprint
+from peft_lightning.backbones.options import plain_options
 from peft_lightning.backbones.quiet import quiet
 from peft_lightning.backbones.tokenizers import load_tokenizer, same_tokens, tokenizer_files, tokenizer_from_files
 from peft_lightning.errors import CheckpointError, UsageError
@@ -58,8 +59,10 @@ class PretrainModule(MethodModule):
                 f"backbone.dtype = {self.backbone_config.dtype!r}: pretraining updates the backbone in float32; for "
                 "speed use trainer.precision bf16-mixed"
             )
-        if chunk < 1:
-            raise UsageError(f"chunk = {chunk}: must be at least 1")
+        if self.backbone_config.attention == "eager":
+            raise UsageError("backbone.attention = 'eager': pretraining computes attention with sdpa")
+        if type(chunk) is not int or chunk < 1:
+            raise UsageError(f"chunk = {chunk!r}: must be a whole number, at least 1")
         self.chunk = chunk
         self.tokenizer: Any = None
         self._sums: dict[str, Tensor] = {}
@@ -77,14 +80,12 @@ class PretrainModule(MethodModule):
         """Tokenizer, model, and what drives its layers."""
         self.tokenizer = self._find_tokenizer()
         config = self.backbone_config
-        self.model = build_masked_lm(config, None if self.tokenizer is None else len(self.tokenizer))
+        self.model = build_masked_lm(config, self.tokenizer)
         self.identify({key: value for key, value in fingerprint(self.model).items() if key != "weights"})
         self.engine = TokenDrop(self.model, checkpointing=config.gradient_checkpointing)
-        if config.config is not None:  # so that a checkpoint can be read without the corpus
-            words: Any = self.model.config
-            self.record(
-                backbone={**self.hparams["backbone"], "config": {**config.config, "vocab_size": words.vocab_size}}
-            )
+        # so that a checkpoint, which holds everything, can be read without the corpus and without the folder
+        came_from = {"name": None, "revision": None, "tokenizer": None if self.tokenizer else config.tokenizer}
+        self.record(backbone={**self.hparams["backbone"], **came_from, "config": plain_options(self.model.config)})
 
     def _find_tokenizer(self) -> Any:
         """The data's, which is the checkpoint's or the backbone's where there is one; without a trainer, those."""
@@ -141,12 +142,13 @@ class PretrainModule(MethodModule):
         self._check_data()
 
     def on_validation_start(self) -> None:
-        """The same for a validation outside a fit."""
+        """The same for a validation outside a fit; begin with no sums: one that was interrupted may have left some."""
         self._check_data()
+        self._sums = {}
 
     def on_test_start(self) -> None:
         """The same for a test."""
-        self._check_data()
+        self.on_validation_start()
 
     def _check_data(self) -> None:
         words = self.engine.bare.embeddings.word_embeddings.num_embeddings
@@ -157,6 +159,12 @@ class PretrainModule(MethodModule):
         length = getattr(getattr(self.trainer, "datamodule", None), "block_size", 0)
         if length > self.positions():
             raise UsageError(f"data.block_size = {length}: the backbone has {self.positions()} positions")
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """Token numbers, int64 ``[B, S]`` without padding -> scores of all words ``[B, S, V]``, nothing dropped."""
+        everywhere_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
+        hidden_BSD = self.engine(ids_BS, everywhere_BS, None, full=True).teacher
+        return self.engine.logits(cast(Tensor, hidden_BSD))
 
     # -- evaluation --------------------------------------------------------------------------------------------
 
@@ -203,7 +211,7 @@ class PretrainModule(MethodModule):
 
     def _conclude(self, stage: str) -> None:
         for name, sums in self._sums.items():
-            loss, right, count = self.trainer.strategy.reduce(sums, reduce_op="sum").unbind()
+            loss, right, count = self.summed(sums).unbind()
             self.log(f"{stage}/{name}loss", (loss / count).float(), prog_bar=stage == "val" and not name)
             self.log(f"{stage}/{name}accuracy", (right / count).float(), prog_bar=stage == "val" and not name)
         self._sums = {}

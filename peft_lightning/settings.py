@@ -27,8 +27,9 @@ class OptimConfig:
         eps: Adam's epsilon.
         warmup: share of all optimizer steps over which the rate rises from 0.
         schedule: what follows the warm-up: linear or cosine to 0, or constant.
-        non_finite: what happens when a step's loss is not finite: stop, or skip (the step changes nothing and is
-            counted; on a GPU every step then waits for its loss).
+        non_finite: what happens when a step's loss is not finite: stop (on a GPU when the loss is looked at next, every
+            trainer.log_every_n_steps), or skip (the step changes nothing and is counted; on a GPU every step then
+            waits for its loss; ten in a row stop).
 
     Raises:
         UsageError: if a value is not allowed.

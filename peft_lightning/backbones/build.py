@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
-import re
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from peft_lightning.backbones.options import check_options
 from peft_lightning.backbones.quiet import quiet
 from peft_lightning.backbones.tokenizers import load_tokenizer
 from peft_lightning.checks import check_types
@@ -103,21 +101,27 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
     return backbone.train()
 
 
-def build_masked_lm(config: BackboneConfig, words: int | None = None) -> nn.Module:
+def build_masked_lm(config: BackboneConfig, tokenizer: Any = None) -> nn.Module:
     """Build an encoder with its head for masked language modelling, in training mode.
 
     The settings ``compile`` and ``gradient_checkpointing`` are left to whoever drives its layers.
 
     Args:
         config: which; a folder without the head (or with a part of it) gets a new one, with a warning.
-        words: size of the vocabulary, where ``config.config`` does not say it; rounded up to a multiple of 64.
+        tokenizer: decides, where ``config.config`` does not, the vocabulary's size (rounded up to a multiple of 64) and
+            the numbers of special tokens.
 
     Raises:
-        UsageError: if it cannot be loaded or built, or its architecture has no such head.
+        UsageError: if it cannot be loaded or built, its architecture has no such head, or its padding is another word
+            of the tokenizer.
     """
     from transformers import AutoModelForMaskedLM
 
-    model, lacking = _build(config, AutoModelForMaskedLM, words)
+    model, lacking = _build(config, AutoModelForMaskedLM, tokenizer)
+    padding, ours = cast(Any, model.config).pad_token_id, getattr(tokenizer, "pad_token_id", None)
+    if padding is not None and ours is not None and padding != ours:
+        word = tokenizer.convert_ids_to_tokens(padding)
+        raise UsageError(f"backbone: takes token {padding} for padding, {word!r} in the tokenizer, whose own is {ours}")
     prefix = f"{model.base_model_prefix}."
     _refuse_lacking(config, [name for name in lacking if name.startswith(prefix)])
     if lacking:
@@ -129,17 +133,17 @@ def build_masked_lm(config: BackboneConfig, words: int | None = None) -> nn.Modu
     return model.train()
 
 
-def _build(config: BackboneConfig, auto: Any, words: int | None) -> tuple[nn.Module, list[str]]:
+def _build(config: BackboneConfig, auto: Any, tokenizer: Any) -> tuple[nn.Module, list[str]]:
     """A model of an ``Auto...`` class, and the names of the tensors that its file lacks."""
     from transformers import AutoConfig
 
     try:
         if config.config is not None:
             options = dict(config.config)
-            _check_options(options)
+            check_options(options)
             if "vocab_size" not in options:
-                options["vocab_size"] = _vocabulary(config, words)
-            hf_config = AutoConfig.for_model(**options)
+                options["vocab_size"] = _vocabulary(config, tokenizer)
+            hf_config = AutoConfig.for_model(**{**_special_numbers(tokenizer), **options})
         else:
             hf_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
         _check_heads(hf_config)
@@ -194,21 +198,6 @@ def fingerprint(backbone: nn.Module) -> dict[str, Any]:
     return {**shape, "weights": digest.hexdigest()}
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
-    """A configuration takes any keyword; one that means nothing to it is a typing error."""
-    from transformers import AutoConfig, AutoModel
-
-    plain = AutoConfig.for_model(options["model_type"])
-    known = {*plain.to_dict(), *getattr(plain, "attribute_map", {})}
-    # Some options have no default in the configuration: the model asks whether they are there.
-    source = inspect.getsource(sys.modules[AutoModel._model_mapping[type(plain)].__module__])
-    known |= set(re.findall(r'getattr\(config, "(\w+)"', source))
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known)
-            raise ValueError(f"{name!r} is no option of {options['model_type']}; near it: {', '.join(near) or 'none'}")
-
-
 def _check_heads(config: Any) -> None:
     """Attention heads that do not divide show up in the first forward pass only."""
     heads, keys = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
@@ -218,11 +207,18 @@ def _check_heads(config: Any) -> None:
         raise ValueError(f"num_attention_heads = {heads} must divide hidden_size = {config.hidden_size}")
 
 
-def _vocabulary(config: BackboneConfig, words: int | None) -> int:
+def _vocabulary(config: BackboneConfig, tokenizer: Any) -> int:
     """A size that keeps matrix products aligned."""
-    if words is None:
+    if tokenizer is None:
         return -(-len(load_tokenizer(config.tokenizer_name)) // 8) * 8
-    return -(-words // 64) * 64
+    return -(-len(tokenizer) // 64) * 64
+
+
+def _special_numbers(tokenizer: Any) -> dict[str, int]:
+    """What a configuration says of special tokens: padding, which has no position of its own in RoBERTa, and ends."""
+    names = {"pad_token_id": "pad_token_id", "bos_token_id": "cls_token_id", "eos_token_id": "sep_token_id"}
+    found = {name: getattr(tokenizer, ours, None) for name, ours in names.items()}
+    return {name: number for name, number in found.items() if number is not None}
 
 
 def _takes(model_class: type, argument: str) -> bool:

@@ -29,7 +29,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         # a folder's own name may hold the sign, a hub name cannot
         repository, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
-        tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision or None)
+        tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision or None, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded ({first_line(error)})") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
@@ -53,11 +53,13 @@ def tokenizer_files(tokenizer: Any, length: int | None = None) -> dict[str, str]
             tokenizer.save_pretrained(folder)
         finally:
             tokenizer.model_max_length = before
-        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+        return {
+            path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir()) if _is_text(path)
+        }
 
 
 def tokenizer_from_files(files: Mapping[str, str]) -> Any:
-    """The tokenizer again.
+    """The tokenizer again; no code among the files runs.
 
     Raises:
         CheckpointError: if the files do not make one.
@@ -67,15 +69,19 @@ def tokenizer_from_files(files: Mapping[str, str]) -> Any:
     try:
         with tempfile.TemporaryDirectory() as folder:
             for name, text in files.items():
-                if Path(name).name != name:
-                    raise ValueError(f"{name!r} is no file name")
+                if Path(name).name != name or not _is_text(Path(name)):
+                    raise ValueError(f"{name!r} is no file of a tokenizer")
                 (Path(folder) / name).write_text(text, encoding="utf-8")
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         for name in ("is_local", "local_files_only"):  # where it came from is no property of it
             tokenizer.init_kwargs.pop(name, None)
         return tokenizer
     except Exception as error:  # whatever a damaged file leads to, it means the same
         raise CheckpointError(f"the tokenizer in the checkpoint is damaged ({type(error).__name__})") from error
+
+
+def _is_text(path: Path) -> bool:
+    return path.suffix in (".json", ".txt", ".jinja")
 
 
 def same_tokens(one: Any, other: Any) -> bool:

@@ -66,6 +66,8 @@ class Drift(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the blocks; measure if it is time and a checkpoint does not bring this step's measure."""
+        if not all(hasattr(pl_module, name) for name in ("engine", "choose", "drops")):
+            raise UsageError(f"Drift: measures pretraining, and {type(pl_module).__name__} does not pretrain")
         self._step = trainer.global_step
         with _untouched(pl_module):
             if self.encoder is not None and self._outside is None:

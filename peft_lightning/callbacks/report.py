@@ -78,13 +78,13 @@ class Report(L.Callback):
         if trainer.state.fn == "validate":
             self.on_test_start(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export what was trained and report on the last validation."""
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Report on the last validation and export what was trained; all is saved by now, should something fail."""
+        self._report(trainer, pl_module, "val", "report.json")
         if trainer.is_global_zero and isinstance(pl_module, TaskModule):
             write_adapter(self.folder / "adapter", pl_module.owned_state(), pl_module.manifest())
         elif trainer.is_global_zero and isinstance(pl_module, PretrainModule):
             pl_module.export(self.folder / "model", replace=True)
-        self._report(trainer, pl_module, "val", "report.json")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Report on the test split."""
@@ -122,7 +122,7 @@ class Report(L.Callback):
         }
         text = json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
         atomic_write(self.folder / name, lambda file: file.write(text.encode()))
-        Console(soft_wrap=True).print(_table(report, module))
+        Console(soft_wrap=True, markup=False, highlight=False).print(_table(report, module))
 
     def _task_part(self, trainer: L.Trainer, module: TaskModule, split: str) -> dict[str, Any]:
         data_task = getattr(getattr(trainer, "datamodule", None), "task", module.task)

@@ -1,7 +1,7 @@
 """How fast pretraining goes: tokens per second, the share of teacher steps, and how much of a GPU's peak is used.
 
-A module takes part by a method ``work(batch)`` -> ``{"tokens": int, "flops": float, "teacher": bool}``, the
-training work of one micro-batch on one rank, from shapes alone. All ranks are taken to do equal work, as batches of
+A module takes part by a method ``work(batch)`` -> ``{"tokens": int, "flops": float, "teacher": bool, "kind": str}``,
+the training work of one micro-batch on one rank, from shapes alone. All ranks are taken to do equal work, as batches of
 static shape do.
 
 The clock stands still during validation and while a checkpoint is written. It leaves out the first step of either
@@ -72,7 +72,8 @@ class Throughput(L.Callback):
             raise UsageError(f"every_n_steps = {every_n_steps}: must be at least 1")
         self.every_n_steps = every_n_steps
         self._total, self._window, self._pending = _zeros(), _zeros(), _zeros()
-        self._seen: set[bool] = set()  # kinds of steps that this process has done
+        self._seen: set[object] = set()  # kinds of steps that this process has done
+        self._kind: object = None  # of the step at hand
         self._mark: float | None = None  # when the running clock was read last
         self._works, self._step, self._world = False, 0, 1
         self._device = torch.device("cpu")
@@ -118,7 +119,8 @@ class Throughput(L.Callback):
         self._pending["tokens"] += work["tokens"] * self._world
         self._pending["timed_flops"] += work["flops"]
         self._pending["teacher_steps"] = float(work["teacher"])
-        if bool(work["teacher"]) not in self._seen:
+        self._kind = work.get("kind", work["teacher"])
+        if self._kind not in self._seen:
             self.pause()
         elif self._mark is None:
             self._wait()
@@ -131,11 +133,10 @@ class Throughput(L.Callback):
         if not self._works or trainer.global_step == self._step:
             return
         self._step, done, self._pending = trainer.global_step, self._pending, _zeros()
-        kind = bool(done["teacher_steps"])
         done |= {"steps": 1.0, "timed_tokens": done["tokens"]}
-        if kind not in self._seen:
+        if self._kind not in self._seen:
             done |= {"timed_tokens": 0.0, "timed_flops": 0.0}
-            self._seen.add(kind)
+            self._seen.add(self._kind)
         _add(self._window, done)
         if self._step % self.every_n_steps == 0:
             self._log(trainer, pl_module)

@@ -170,7 +170,7 @@ def _show(report: Mapping[str, Any]) -> None:
         results = [entry["tasks"][name] for entry in report["backbones"]]
         for layer in range(max(len(result["accuracy"]) for result in results)):
             table.add_row(str(layer), *(_cell(result, layer) for result in results))
-        Console(soft_wrap=True).print(table)
+        Console(soft_wrap=True, markup=False).print(table)
 
 
 def _cell(result: Mapping[str, Any], layer: int) -> str:

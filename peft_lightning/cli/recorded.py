@@ -38,8 +38,13 @@ def with_recorded_settings(words: list[str], folder: Path) -> list[str]:
     values = dict(manifest["hyper_parameters"])
     method_class(str(manifest["class"]))
     refuse_new_code(kind_of(values.get("task")), path)
+    recorded_data = manifest.get("run_config", {}).get("data")
+    if not recorded_data and "task" not in values and not any(word.startswith("--data") for word in words):
+        raise UsageError(
+            f"{words[0]}: {path} does not say what it was trained on; give --data.inputs, the texts to read"
+        )
     supervised = {key: values[key] for key in ("task", "max_length") if key in values}
-    data = manifest.get("run_config", {}).get("data") or {
+    data = recorded_data or {
         "class_path": "TaskDataModule" if supervised else "MLMDataModule",
         "init_args": supervised,
     }

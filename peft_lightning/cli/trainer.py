@@ -214,7 +214,7 @@ class TrainerCLI(LightningCLI):
             lines = [json.dumps(answer) for answer in sorted(answers, key=lambda answer: answer["row"])]
             target = Path(self.options.run_dir) / "predictions.jsonl"
             atomic_write(target, lambda file: file.write(("\n".join(lines) + "\n").encode()))
-            Console(soft_wrap=True).print(f"{len(lines):,} answers in {target}")
+            Console(soft_wrap=True, markup=False).print(f"{len(lines):,} answers in {target}")
 
 
 def run(words: list[str]) -> None:

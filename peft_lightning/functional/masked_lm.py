@@ -5,8 +5,8 @@ With logits s = W h + b of the student and t = W h' + b of the teacher, N target
     loss = 1/N sum_n  a CE(s_n, y_n) + a' CE(t_n, y_n) + c KL(p(t_n) || p(s_n))
 
 The loss is a sum whose factors are known beforehand, so its gradients can be made in the forward pass, one chunk of
-rows after the other; the backward pass scales them. Logits of one chunk are all that is alive at a time, and no product
-is computed twice. Softmax and losses are in fp32 (fp64 for fp64 inputs), products in the dtype of ``h``.
+rows after the other; the backward pass scales them. A few tensors of one chunk's logits are alive at a time, and no
+product is computed twice. Softmax and losses are in fp32 (fp64 for fp64 inputs), products in the dtype of ``h``.
 
 Shapes: N targets, D width, V vocabulary, C rows of a chunk.
 """
@@ -84,7 +84,8 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(student_ND.dtype, torch.float32)
         weight, bias = weight_VD.to(student_ND.dtype), bias_V.to(dtype)
-        grads = [torch.zeros_like(student_ND), None if teacher_ND is None else torch.zeros_like(teacher_ND)]
+        learns = teacher_ND is not None and (factors[1] != 0 or not detach)
+        grads = [torch.zeros_like(student_ND), torch.zeros_like(teacher_ND) if learns else None]  # type: ignore[arg-type]
         grad_weight = torch.zeros(weight_VD.shape, dtype=dtype, device=weight_VD.device)
         grad_bias = torch.zeros_like(bias)
         token_losses = torch.empty(len(labels_N), dtype=dtype, device=labels_N.device)
@@ -106,7 +107,7 @@ class _Fused(torch.autograd.Function):
                 grad_weight += slope.t() @ h
         parts /= count
         ctx.save_for_backward(*(g for g in (*grads, grad_weight, grad_bias) if g is not None))
-        ctx.has_teacher, ctx.count = teacher_ND is not None, count
+        ctx.learns, ctx.count = learns, count
         ctx.dtypes = weight_VD.dtype, bias_V.dtype
         loss = parts[0] * factors[0] + parts[1] * factors[1] + parts[2] * factors[2]
         ctx.mark_non_differentiable(token_losses, parts)
@@ -118,7 +119,7 @@ class _Fused(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         factor = gradient / ctx.count
         student = saved.pop(0) * factor.to(saved[0].dtype)
-        teacher = saved.pop(0) * factor.to(student.dtype) if ctx.has_teacher else None
+        teacher = saved.pop(0) * factor.to(student.dtype) if ctx.learns else None
         grad_weight, grad_bias = saved
         return (
             student,

@@ -24,6 +24,9 @@ __all__ = ["PRESETS", "DropConfig"]
 _COMMON: dict[str, Any] = {
     "interval_passes": "both",  # on every interval-th step
     "interval": 10,
+    "keep": 0.5,
+    "weight": 0.05,
+    "selection": "loss",
     "full_loss": "teacher",
     "global_kl": "none",
     "local_kl": "none",
@@ -44,6 +47,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_COMPARING = ("weight", "full_loss", "global_kl", "local_kl", "share_prefix", "detach")
+# what means nothing to a preset
+_IDLE = {
+    "mlm": ("keep", "interval", "selection", "beta", *_COMPARING),
+    "token-drop": ("interval", *_COMPARING),
+    "drop+full": _COMPARING,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DropConfig:
     """What is dropped, and what a semantic-consistent step compares.
@@ -57,7 +69,8 @@ class DropConfig:
         full_loss: whose loss L is: teacher, student (the released code's), or none.
         global_kl: compared after the last layer: masked_logits, all_hidden, cls_hidden or none.
         local_kl: compared before the last layer: kept_hidden, all_hidden, cls_hidden or none.
-        share_prefix: whether both passes share what they have in common.
+        share_prefix: whether both passes share what they have in common. Exact without dropout; with it, both passes
+            have the same draws below the first layer that drops tokens, and the KL lacks the difference of two draws.
         sparse_last: whether the last layer computes only what is predicted or compared.
         detach: whether the KL sends no gradient into the teacher.
         selection: which tokens stay: loss (importance), or random.
@@ -68,21 +81,20 @@ class DropConfig:
     """
 
     preset: str = "sctd"
-    keep: float = 0.5
+    keep: float | None = None
     interval: int | None = None
-    weight: float = 0.05
+    weight: float | None = None
     full_loss: str | None = None
     global_kl: str | None = None
     local_kl: str | None = None
     share_prefix: bool | None = None
     sparse_last: bool = True
     detach: bool | None = None
-    selection: str = "loss"
+    selection: str | None = None
     beta: float | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "drop")
-        kept_length(8, self.keep)
         hidden = ("all_hidden", "cls_hidden", "none")
         check_choices(
             self,
@@ -93,17 +105,14 @@ class DropConfig:
             local_kl=("kept_hidden", *hidden),
             selection=("loss", "random"),
         )
+        kept_length(8, self.of("keep"))
         if self.interval is not None and self.interval < 1:
             raise UsageError(f"drop.interval = {self.interval}: must be at least 1")
-        if not self.weight >= 0:
+        if self.weight is not None and self.weight < 0:
             raise UsageError(f"drop.weight = {self.weight}: must be at least 0")
         if self.beta is not None and not 0 <= self.beta < 1:
             raise UsageError(f"drop.beta = {self.beta}: must lie in [0, 1)")
-        compared = self.of("interval_passes") == "both"
-        idle = [] if compared else ["full_loss", "global_kl", "local_kl", "share_prefix", "detach"]
-        if self.preset in ("mlm", "token-drop"):
-            idle.append("interval")
-        for name in idle:
+        for name in _IDLE.get(self.preset, ()):
             if getattr(self, name) is not None:
                 raise UsageError(f"drop.{name} = {getattr(self, name)!r}: means nothing to preset {self.preset!r}")
 
@@ -111,6 +120,11 @@ class DropConfig:
         """A setting in force: given here, or else the preset's."""
         given = getattr(self, name, None)
         return given if given is not None else {**_COMMON, **PRESETS[self.preset]}[name]
+
+    @property
+    def teacher_learns(self) -> bool:
+        """Whether a semantic-consistent step sends gradients into the full pass."""
+        return self.of("full_loss") == "teacher" or not self.of("detach")
 
     def passes(self, step: int) -> str:
         """Which passes optimizer step ``step`` (from 1) has: dropping, full or both."""

@@ -138,6 +138,7 @@ class TokenDrop:
         full: bool = False,
         share_prefix: bool = True,
         sparse_last: bool = True,
+        teacher_learns: bool = True,
         mask_BSS: Tensor | None = None,
     ) -> Passes:
         """Run the dropping pass (if ``keep_BK`` is given), the full pass (if ``full``), or both.
@@ -149,15 +150,19 @@ class TokenDrop:
             full: whether the full pass runs.
             share_prefix: whether both passes share what they have in common.
             sparse_last: whether the last layer computes nothing but the queries.
+            teacher_learns: whether gradients go into what only the full pass computes; else it keeps no activations.
             mask_BSS: bool, True where a token may look at another; None: everywhere.
         """
         layers: Sequence[Any] = self.bare.encoder.layer
         middle, last = len(layers) // 2, layers[-1]
         x_BSD = self._first(layers[: middle - 1], ids_BS, mask_BSS)
         student = teacher = z_BSD = t_BSD = None
+        alone = torch.is_grad_enabled() and (teacher_learns or keep_BK is None)  # what only the full pass computes
         if full:
-            start = x_BSD if share_prefix or keep_BK is None else self._first(layers[: middle - 1], ids_BS, mask_BSS)
-            t_BSD = self._layer(layers[middle - 1], start, start, mask_BSS)
+            shared = share_prefix or keep_BK is None
+            with torch.set_grad_enabled(torch.is_grad_enabled() if shared else alone):
+                start = x_BSD if shared else self._first(layers[: middle - 1], ids_BS, mask_BSS)
+                t_BSD = self._layer(layers[middle - 1], start, start, mask_BSS)
         if keep_BK is not None:
             if t_BSD is not None and share_prefix:
                 y_BKD = gather_tokens(t_BSD, keep_BK)
@@ -170,9 +175,10 @@ class TokenDrop:
             z_BSD = scatter_tokens(x_BSD, keep_BK, y_BKD)
             student = self._last(last, z_BSD, queries_BQ, mask_BSS, sparse_last)
         if t_BSD is not None:
-            for layer in layers[middle:-1]:
-                t_BSD = self._layer(layer, t_BSD, t_BSD, mask_BSS)
-            teacher = self._last(last, t_BSD, queries_BQ, mask_BSS, sparse_last)
+            with torch.set_grad_enabled(alone):
+                for layer in layers[middle:-1]:
+                    t_BSD = self._layer(layer, t_BSD, t_BSD, mask_BSS)
+                teacher = self._last(last, t_BSD, queries_BQ, mask_BSS, sparse_last)
         return Passes(student, teacher, z_BSD, t_BSD, keep_BK)
 
     def _first(self, layers: Sequence[Any], ids_BS: Tensor, mask_BSS: Tensor | None) -> Tensor:

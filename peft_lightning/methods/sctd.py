@@ -11,7 +11,9 @@ the passes after the last layer, KL_local before it. Deviations:
 * the paper does not say what its distributions p(X) are: a setting with presets (layers/drop_config), of which
   ``sctd`` is ours and ``sctd-released`` the released code, whose losses are not the paper's;
 * no KL sends a gradient into the teacher, unless the setting says so;
-* what both passes share is computed once; the last layer and the head see only what is predicted. Exact;
+* what both passes share is computed once, which is exact without dropout; with dropout both have the same draws there,
+  and the KL lacks the difference of two draws (``share_prefix``). The last layer and the head see only what is
+  predicted, which is exact;
 * with L switched off the loss is L* + lambda (...), so that its scale stays.
 
 Shapes: B blocks, S tokens, K kept, P targets of a block, Q queries of the last layer, D width, N = B P.
@@ -74,8 +76,7 @@ class SCTDPretrainModule(PretrainModule):
         ids = {name: getattr(self.tokenizer, f"{name}_token_id", None) for name in ("unk", "cls", "sep", "mask", "pad")}
         never = [i for i in (ids.pop("pad"),) if i is not None and i not in ids.values()]
         self.importance = TokenImportance(config.vocab_size, [i for i in ids.values() if i is not None], never)
-        # what a step runs; evaluation, whose shapes vary, stays as it is
-        self._run = torch.compile(self.engine.__call__, dynamic=False) if self.backbone_config.compile else self.engine
+        self._compiled: dict[int, Any] = {}
 
     def declared(self) -> Iterator[nn.Module]:
         """The whole model, and the importance of words."""
@@ -102,8 +103,23 @@ class SCTDPretrainModule(PretrainModule):
             self.importance.collect(batch["labels"].flatten(), found.token_losses)
         if terms is not None:
             self._terms.append(terms)
-        weight = torch.tensor(float(batch["labels"].numel()), device=loss.device)
-        return self.normalised(loss * weight, weight)
+        weight = loss.detach().new_full((), float(batch["labels"].numel()))
+        return self.normalised(loss * weight, weight, alike=True)
+
+    def _run(self, *args: Any, **options: Any) -> Passes:
+        """The engine, compiled if so set; evaluation, whose shapes may vary, calls the engine itself."""
+        if not self.backbone_config.compile:
+            return self.engine(*args, **options)
+        if id(self.engine) not in self._compiled:  # a copy of this module has another engine
+            self._compiled = {id(self.engine): torch.compile(self.engine.__call__, dynamic=False)}
+        passes: Passes = self._compiled[id(self.engine)](*args, **options)
+        return passes
+
+    def on_train_start(self) -> None:
+        """Begin with nothing collected: a fit that was interrupted may have left some."""
+        super().on_train_start()
+        self._terms = []
+        self.importance.forget()
 
     def losses(self, batch: Batch, passes: str) -> tuple[Tensor, MaskedLM, Tensor | None]:
         """Loss of a batch.
@@ -114,10 +130,11 @@ class SCTDPretrainModule(PretrainModule):
 
         Returns:
             The loss, a scalar; the cross-entropies of the dropping pass (of the full one, if that is the only one); and
-            L*, L, KL_global, KL_local and the share of the KL terms in the loss, detached, if there are both passes.
+            L*, L (NaN where nothing needs it), KL_global, KL_local and the share of the KL terms in the loss, detached,
+            if there are both passes.
         """
         ids_BS, labels_N = batch["input_ids"], batch["labels"].flatten()
-        both = passes == "both"
+        both, weight = passes == "both", self.drop.of("weight")
         run = self._run(
             ids_BS,
             self._queries(batch) if both else batch["targets"],
@@ -125,13 +142,14 @@ class SCTDPretrainModule(PretrainModule):
             full=passes != "dropping",
             share_prefix=self.drop.of("share_prefix"),
             sparse_last=self.drop.sparse_last,
+            teacher_learns=not both or self.drop.teacher_learns,
             mask_BSS=self.sight(batch),
         )
         student, teacher = (run.teacher, None) if run.student is None else (run.student, run.teacher)
         assert student is not None
         a_teacher = 0.5 if both and self.drop.of("full_loss") == "teacher" else 0.0
         words = both and self.drop.of("global_kl") == "masked_logits"
-        c = self.drop.weight if words else 0.0
+        c = weight if words else 0.0
         found = masked_lm_loss(
             self._head_input(student, batch["targets"]),
             self._head_input(teacher, batch["targets"]) if teacher is not None and a_teacher + c else None,
@@ -144,10 +162,11 @@ class SCTDPretrainModule(PretrainModule):
         if not both:
             return found.loss, found, None
         global_kl, local_kl = self._hidden_kl(run, labels_N.numel())
-        loss = found.loss + self.drop.weight * (global_kl + local_kl)
+        loss = found.loss + weight * (global_kl + local_kl)
         global_kl = found.divergence if words else global_kl.detach()
-        share = self.drop.weight * (global_kl + local_kl.detach()) / loss.detach()
-        return loss, found, torch.stack([found.student, found.teacher, global_kl, local_kl.detach(), share])
+        share = weight * (global_kl + local_kl.detach()) / loss.detach()
+        full = found.teacher if a_teacher + c else torch.full_like(share, torch.nan)
+        return loss, found, torch.stack([found.student, full, global_kl, local_kl.detach(), share])
 
     def _queries(self, batch: Batch) -> Tensor:
         """Where both passes need the last layer: at the targets, and where KL_global compares them."""
@@ -184,41 +203,39 @@ class SCTDPretrainModule(PretrainModule):
             self.shape(),
             length,
             batch["targets"].shape[1],
-            None if passes == "full" else kept_length(length, self.drop.keep),
+            None if passes == "full" else kept_length(length, self.drop.of("keep")),
             full=passes != "dropping",
             share_prefix=self.drop.of("share_prefix"),
-            sparse_last=self.drop.sparse_last,
+            sparse_last=self.drop.sparse_last and not (passes == "both" and self.drop.of("global_kl") == "all_hidden"),
         )
-        return {
-            "tokens": blocks * length,
-            "flops": 3.0 * blocks * forward,
-            "teacher": passes != "dropping" and self.drops,
-        }
+        flops = 3.0 * blocks * forward  # the backward pass has two products for each of the forward pass
+        return {"tokens": blocks * length, "flops": flops, "teacher": passes == "both", "kind": passes}
 
     @torch.no_grad()
     def choose(self, ids_BS: Tensor, noise_BS: Tensor | None = None) -> Tensor:
         """Positions ``[B, K]``, ascending, of the tokens that stay; noise in [0, 1) orders equal ones."""
         if noise_BS is None:
             noise_BS = torch.rand(ids_BS.shape, device=ids_BS.device)
-        scores_BS = self.importance.scores(ids_BS, random=self.drop.selection == "random")
-        return select_tokens(scores_BS, kept_length(ids_BS.shape[1], self.drop.keep), noise_BS)
+        scores_BS = self.importance.scores(ids_BS, random=self.drop.of("selection") == "random")
+        return select_tokens(scores_BS, kept_length(ids_BS.shape[1], self.drop.of("keep")), noise_BS)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Move the importance of words, and log the terms of a semantic-consistent step."""
         skipped = self.skipped_steps
         super().on_before_optimizer_step(optimizer)
-        reduce, terms, self._terms = self.trainer.strategy.reduce, self._terms, []
+        terms, self._terms = self._terms, []
         if self.skipped_steps > skipped:
             self.importance.forget()
             return
         if self.drops:
-            self.importance.update(self.drop.of("beta"), lambda sums: reduce(sums, reduce_op="sum"))
+            self.importance.update(self.drop.of("beta"), self.summed)
         step, interval = self.trainer.global_step + 1, self.drop.of("interval")
         every = getattr(self.trainer, "log_every_n_steps", 0)
         if terms and every and (step // interval) % max(1, every // interval) == 0:
-            values = reduce(torch.stack(terms).mean(0), reduce_op="mean").tolist()
+            values = (self.summed(torch.stack(terms).mean(0)) / self.trainer.world_size).tolist()
             names = ("masked_lm", "full_masked_lm", "global_kl", "local_kl", "kl_share")
-            self.write_log({f"train/{name}": value for name, value in zip(names, values, strict=True)}, step)
+            named = {f"train/{name}": value for name, value in zip(names, values, strict=True)}
+            self.write_log({name: value for name, value in named.items() if value == value}, step)
 
     # -- evaluation --------------------------------------------------------------------------------------------
 

@@ -133,7 +133,7 @@ def test_families() -> None:
 def test_a_tokenizer_has_the_revision_of_its_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def from_pretrained(name: str, revision: str | None = None) -> Any:
+    def from_pretrained(name: str, revision: str | None = None, **options: Any) -> Any:
         asked.append((name, revision))
         return toy_tokenizer()
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
+from peft_lightning.callbacks.checkpoint import RunCheckpoint
 from peft_lightning.cli.main import main
-from tests.toy import toy_corpus
+from peft_lightning.methods import SCTDPretrainModule
+from tests.toy import build, data, toy_corpus, trainer
 
 pytestmark = pytest.mark.xdist_group("pretraining")
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,14 +97,19 @@ def test_from_text_to_a_tuned_adapter(
 
 
 def test_going_on(tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "run"
-    pretrain(run, "--trainer.max_steps", "6", "--save_every_n_steps", "3")
-    before = (run / "metrics.csv").read_text()
-    pretrain(run, "--trainer.max_steps", "6", "--save_every_n_steps", "3", "--resume", "auto")
-    assert (run / "metrics.csv").read_text() == before
-    assert json.loads((run / "report.json").read_text())["steps"] == 6
+    """A run that is told to end after three steps, and the same command again, leave what an undisturbed run leaves."""
+    whole, parts, words = tmp_path / "whole", tmp_path / "parts", ["--trainer.max_steps", "8"]
+    pretrain(whole, *words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunCheckpoint, "_asked_to_stop", lambda self, trainer: trainer.global_step == 3)
+        with pytest.raises(SystemExit):
+            pretrain(parts, *words)
+    assert "after step 3" in capsys.readouterr().err
+    pretrain(parts, *words, "--resume", "auto")
+    assert (whole / "metrics.csv").read_text() == (parts / "metrics.csv").read_text()
+    assert (whole / "model" / "model.safetensors").read_bytes() == (parts / "model" / "model.safetensors").read_bytes()
     capsys.readouterr()
-    shutil.rmtree(run)
+    run = tmp_path / "run"
     error = fails(capsys, ["fit", *CONFIGS, *SHORT, "--data.inputs", "/no/such/file.txt", "--run_dir", str(run)])
     assert "/no/such/file.txt" in error
 
@@ -136,3 +143,46 @@ def test_bad_corpora(tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixt
     ):
         (tmp_path / name).write_bytes(content)
         assert name in fails(capsys, [*common, str(tmp_path / name)])
+
+
+def test_a_checkpoint_that_does_not_say_its_corpus(
+    tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One from Python: measuring it on other texts without a word would be a wrong number."""
+    module = build(SCTDPretrainModule)
+    trainer(tmp_path, max_steps=2).fit(module, datamodule=data(method=SCTDPretrainModule))
+    path = str(tmp_path / "last.ckpt")
+    assert "give --data.inputs, the texts to read" in fails(capsys, ["test", "--ckpt_path", path])
+    main(["test", "--ckpt_path", path, "--data.inputs", corpus(), "--data.block_size", "16"])
+
+
+def test_a_report_that_fails_costs_no_checkpoint(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "[/x]run"  # looks like markup
+    run.mkdir(parents=True)
+    monkeypatch.setattr(SCTDPretrainModule, "export", lambda *args, **options: 1 / 0)
+    with pytest.raises(SystemExit):
+        pretrain(run, "--trainer.max_steps", "3")
+    assert (run / "last.ckpt").is_file() and (run / "report.json").is_file()
+    assert json.loads((run / "report.json").read_text())["run"] == str(run)
+    assert "SCTDPretrain on text" in capsys.readouterr().out
+
+
+def test_code_beside_a_tokenizer_is_neither_run_nor_asked_about(
+    tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(tmp_path, max_steps=2).fit(build(SCTDPretrainModule), datamodule=data(method=SCTDPretrainModule))
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    config = json.loads(content["tokenizer"]["tokenizer_config.json"])
+    config |= {"auto_map": {"AutoTokenizer": ["evil.Tok", "evil.Tok"]}, "tokenizer_class": "Tok"}
+    content["tokenizer"]["tokenizer_config.json"] = json.dumps(config)
+    for files in ({}, {"evil.py": "raise SystemExit(99)"}):
+        content["tokenizer"] |= files
+        torch.save(content, tmp_path / "evil.ckpt")
+        words = ["test", "--ckpt_path", str(tmp_path / "evil.ckpt"), "--data.inputs", corpus()]
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 1
+        shown = capsys.readouterr()
+        assert "the tokenizer in the checkpoint is damaged" in shown.err and "y/N" not in shown.out + shown.err

@@ -78,7 +78,7 @@ def plain_loss(module: Any, batch: dict[str, Tensor], keep: Tensor) -> Tensor:
         "none": lambda t, s: torch.zeros(()),
     }
     both = terms[drop.of("global_kl")](full, end) + terms[drop.of("local_kl")](before, merged)
-    return loss + drop.weight * both
+    return loss + drop.of("weight") * both
 
 
 def prefix(bare: Any, ids: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def test_a_semantic_consistent_step_is_equation_4(drop: dict[str, Any]) -> None:
     for one, other in zip(got, want, strict=True):
         assert_close(one, other, **EXACT)
     student, teacher, global_kl, local_kl, share = terms.tolist()
-    assert abs(share - module.drop.weight * (global_kl + local_kl) / float(loss)) < 1e-9
+    assert abs(share - module.drop.of("weight") * (global_kl + local_kl) / float(loss)) < 1e-9
     assert abs(float(found.token_losses.mean()) - student) < 1e-9
     assert bool(global_kl > 0) == (module.drop.of("global_kl") != "none")
     assert bool(local_kl > 0) == (module.drop.of("local_kl") != "none")
@@ -330,12 +330,14 @@ def test_settings_that_are_refused() -> None:
         ({"global_kl": "kept_hidden"}, r"drop.global_kl = 'kept_hidden': must be one of masked_logits"),
         ({"selection": "best"}, r"drop.selection = 'best': must be one of loss, random"),
         ({"preset": "mlm", "interval": 5}, r"drop.interval = 5: means nothing to preset 'mlm'"),
+        ({"preset": "mlm", "keep": 0.3}, r"drop.keep = 0.3: means nothing to preset 'mlm'"),
+        ({"preset": "token-drop", "weight": 0.3}, r"drop.weight = 0.3: means nothing to preset 'token-drop'"),
         ({"preset": "drop+full", "detach": True}, r"drop.detach = True: means nothing"),
         ({"kepp": 0.5}, r"DropConfig: .*kepp"),
     ):
         with pytest.raises(UsageError, match=message):
             build(SCTDPretrainModule, drop=drop)
-    with pytest.raises(UsageError, match="chunk = 0: must be at least 1"):
+    with pytest.raises(UsageError, match="chunk = 0: must be a whole number, at least 1"):
         build(SCTDPretrainModule, chunk=0)
     with pytest.raises(UsageError, match="backbone.dtype = 'bfloat16': pretraining updates the backbone in float32"):
         build(SCTDPretrainModule, backbone=tiny(dtype="bfloat16"))
@@ -394,3 +396,160 @@ def test_two_graphs_are_all_that_training_compiles(tmp_path: Path, monkeypatch: 
         )
     assert counter.frame_count == 2
     assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-5)
+
+
+def scaled(optim: dict[str, Any]) -> tuple[Any, Any]:
+    """A module, and a plugin that scales losses as 16-mixed does on a GPU."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    return build(SCTDPretrainModule, optim=optim), MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_skipping_with_a_scaler(clip: float | None) -> None:
+    module, plugin = scaled({"lr": 1e-3, "non_finite": "skip"})
+    module.configure_model()
+    with torch.no_grad():
+        module.model.bert.embeddings.word_embeddings.weight[39] = torch.inf
+        module.model.cls.predictions.decoder.weight = torch.nn.Parameter(torch.randn(64, 32) / 6)
+    trainer(max_steps=6, plugins=[plugin], gradient_clip_val=clip).fit(module, poisoned(1))
+    assert module.skipped_steps == 1
+    rows = [name for name, p in module.trainable_parameters().items() if not torch.isfinite(p).all()]
+    assert rows == ["model.bert.embeddings.word_embeddings.weight"]  # as it was set
+
+
+def test_ten_skipped_steps_in_a_row_stop() -> None:
+    module = build(SCTDPretrainModule, optim={"lr": 1e-3, "non_finite": "skip"})
+    module.configure_model()
+    with torch.no_grad():
+        module.model.bert.embeddings.LayerNorm.weight[0] = torch.nan
+    with pytest.raises(PeftLightningError, match=r"loss is nan at step 10 \(10 such steps in a row\)"):
+        trainer(max_steps=20).fit(module, datamodule=data(method=SCTDPretrainModule))
+    assert module.skipped_steps == 9
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
+def test_special_numbers_are_the_tokenizers(family: str, tmp_path: Path) -> None:
+    setting = deep(tiny())
+    backbone = {"config": {**setting["config"], "model_type": family}}
+    module = SCTDPretrainModule(backbone=backbone, drop={"interval": 2})  # type: ignore[arg-type]
+    corpus = str(toy_corpus((("train", 256), ("validation", 32), ("test", 32))))
+    source = MLMDataModule(inputs=corpus, block_size=16, batch_size=8, vocab_size=300)
+    trainer(max_steps=2).fit(module, datamodule=source)
+    config: Any = module.model.config
+    words = source.tokenizer
+    assert config.pad_token_id == words.pad_token_id == module.engine.bare.embeddings.word_embeddings.padding_idx
+    assert (config.bos_token_id, config.eos_token_id) == (words.cls_token_id, words.sep_token_id)
+    with pytest.raises(UsageError, match=r"takes token 3 for padding, '\[SEP\]' in the tokenizer, whose own is 0"):
+        wrong = {"config": {**backbone["config"], "pad_token_id": 3}}
+        trainer(max_steps=1).fit(SCTDPretrainModule(backbone=wrong), datamodule=source)  # type: ignore[arg-type]
+
+
+def test_a_copy_of_a_compiled_module_trains_itself() -> None:
+    import copy
+
+    module = build(SCTDPretrainModule, dropout=0.0, backbone=tiny(0.0, compile=True))
+    module.configure_model()
+    used: list[int] = []
+
+    def compiled(call: Any, **options: Any) -> Any:
+        def run(*args: Any, **more: Any) -> Any:
+            used.append(id(call.__self__))
+            return call(*args, **more)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", compiled)
+        for one in (module, copy.deepcopy(module), module):
+            one.losses(batch_of(), "dropping")[0].backward()
+            assert used[-1] == id(one.engine)
+    assert len(used) == 3 and len(set(used)) == 2
+
+
+def test_what_a_broken_fit_collected_is_gone() -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if args[-1] == 2:
+                raise KeyError("stop")
+
+    weights: list[int] = []
+
+    class Count(L.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            weights.append(len(pl_module._weights))
+
+    module, source = build(SCTDPretrainModule), data(batch_size=8, method=SCTDPretrainModule)
+    with pytest.raises(KeyError):
+        trainer(max_steps=4, accumulate_grad_batches=4, callbacks=[Stop()]).fit(module, datamodule=source)
+    assert module._weights and module.importance.sums.any()
+    trainer(max_steps=2, accumulate_grad_batches=4, callbacks=[Count()]).fit(module, datamodule=source)
+    assert weights == [4, 4]
+
+
+def test_a_warm_started_checkpoint_stands_alone(tmp_path: Path) -> None:
+    first = build(SCTDPretrainModule)
+    first.configure_model()
+    first.export(tmp_path / "first")
+    module = SCTDPretrainModule(backbone=str(tmp_path / "first"), drop={"interval": 3})  # type: ignore[arg-type]
+    source = MLMDataModule(inputs=data(method=SCTDPretrainModule).inputs, block_size=16, batch_size=16)
+    trainer(tmp_path / "run", max_steps=3).fit(module, datamodule=source)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    again = load(tmp_path / "run" / "last.ckpt")
+    for name, tensor in module.owned_state().items():
+        assert torch.equal(again.owned_state()[name], tensor), name
+    assert again.tokenizer.get_vocab() == module.tokenizer.get_vocab()
+
+
+def test_settings_reach_what_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_lightning.functional.masked_lm import masked_lm_loss
+
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "peft_lightning.methods.sctd.masked_lm_loss", lambda *a, **o: seen.update(o) or masked_lm_loss(*a, **o)
+    )
+    module = build(SCTDPretrainModule, chunk=7, drop={"share_prefix": False, "sparse_last": False, "detach": False})
+    module.configure_model()
+    run = module.engine
+    monkeypatch.setattr(module, "engine", Recording(run, seen))
+    module.losses(batch_of(), "both")
+    assert (seen["chunk"], seen["detach"], seen["share_prefix"], seen["sparse_last"]) == (7, False, False, False)
+
+
+class Recording:
+    """Stands for the engine and notes what it is called with."""
+
+    def __init__(self, engine: Any, seen: dict[str, Any]) -> None:
+        self._engine, self._seen = engine, seen
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self._seen.update(options)
+        return self._engine(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_work_counts_what_is_computed(preset: str) -> None:
+    """Against torch's own count of a step's forward pass (attention's products on a CPU are not counted there)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    interval = {} if preset in ("mlm", "token-drop") else {"interval": 1}
+    module, source = build(SCTDPretrainModule, drop={"preset": preset, **interval}), data(method=SCTDPretrainModule)
+    done: list[dict[str, Any]] = []
+
+    class Ask(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *args: Any) -> None:
+            done.append(pl_module.work(batch))
+
+    trainer(max_steps=1, callbacks=[Ask()]).fit(module, datamodule=source)
+    batch = next(iter(source.train_dataloader()))
+    passes = module.drop.passes(1)
+    assert done[0]["kind"] == passes and done[0]["teacher"] == (passes == "both")
+    assert done[0]["tokens"] == batch["input_ids"].numel()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module.losses(batch, passes)
+    forward = done[0]["flops"] / 3
+    # the fused loss makes three products more of the head's last one for each pass that learns; attention is left out
+    assert 0.4 < counter.get_total_flops() / forward < 2.5
