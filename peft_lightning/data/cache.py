@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from peft_lightning.atomic import atomic_write
-from peft_lightning.errors import DataError
+from peft_lightning.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,10 +37,16 @@ class Encoded:
     Args:
         scalars: [N] per scalar column.
         ragged: per ragged column the values of all rows end to end, and their N + 1 offsets.
+        digest: changes when the columns do, if it is known.
     """
 
-    def __init__(self, scalars: Mapping[str, np.ndarray], ragged: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        self.scalars, self.ragged = dict(scalars), dict(ragged)
+    def __init__(
+        self,
+        scalars: Mapping[str, np.ndarray],
+        ragged: Mapping[str, tuple[np.ndarray, np.ndarray]],
+        digest: str = "",
+    ) -> None:
+        self.scalars, self.ragged, self.digest = dict(scalars), dict(ragged), digest
 
     def __len__(self) -> int:
         return len(self.lengths())
@@ -63,7 +69,13 @@ class Encoded:
 
 
 def cache_folder(folder: str | None) -> Path:
-    """Return ``folder``, or the default one: ``$PEFT_LIGHTNING_CACHE``, or a folder in the user's cache."""
+    """Return ``folder``, or the default one: ``$PEFT_LIGHTNING_CACHE``, or a folder in the user's cache.
+
+    Raises:
+        UsageError: ``folder`` is no path.
+    """
+    if not isinstance(folder, str | os.PathLike | None):
+        raise UsageError(f"cache_dir is {folder!r}; allowed: a folder, or null")
     return Path(folder or os.environ.get("PEFT_LIGHTNING_CACHE") or "~/.cache/peft_lightning").expanduser()
 
 
@@ -144,4 +156,6 @@ def _read(path: Path, key: str) -> Encoded:
     metadata, data = reader.schema.metadata or {}, _views(batch)
     if metadata.get(b"key") != key.encode() or metadata.get(b"checksum") != _checksum(data):
         raise ValueError("its checksum differs")
+    # Of the content: the key also changes with the version of this package.
+    data.digest = f"{len(data)} rows, {metadata[b'checksum'].decode()}"
     return data

@@ -16,7 +16,7 @@ from peft_lightning.data.cache import cache_folder
 from peft_lightning.data.collate import MaskingCollate
 from peft_lightning.data.documents import Corpus, held_out_part, open_corpus
 from peft_lightning.data.loader import Loader
-from peft_lightning.data.module import SplitDataModule, within
+from peft_lightning.data.module import SplitDataModule, share, switch, within
 from peft_lightning.data.pack import Blocks, packed
 from peft_lightning.data.vocabulary import Vocabulary, read_vocabulary
 from peft_lightning.data.wordpiece import FEWEST_WORDS, trained_tokenizer
@@ -37,7 +37,8 @@ class MLMDataModule(SplitDataModule):
 
     Args:
         inputs: files (``.txt``, ``.text``, ``.md``, ``.parquet``, ``.jsonl``, ``.json``), folders or hub names, one or
-            several; texts that ship with Python if null. A folder may name its files train, validation and test.
+            several; texts that ship with Python if null. A folder is read with the folders in it, without hidden ones.
+            It may name its files, or the folders in it, train, validation and test.
         validation: the same for the validation split, where ``inputs`` has none or another one is wanted.
         tokenizer: a folder, a hub name or ``toy``, from Python also a tokenizer. If null, the one that the module's
             backbone or checkpoint brings, or else a WordPiece tokenizer that is trained on the training texts.
@@ -45,11 +46,13 @@ class MLMDataModule(SplitDataModule):
         block_size: tokens of a block, [CLS] included.
         batch_size: blocks per batch and rank in training; what does not fill a global batch waits for another epoch.
         eval_batch_size: the same in validate and test; ``batch_size`` if null.
-        mask_rate: targets of a block over its tokens; their number is rounded, and at least 1.
+        mask_rate: targets of a block over its tokens; their number is rounded, and at least 1. Blocks with fewer
+            words are left out, with a warning.
         whole_words: whether the pieces of a word become targets together. The last word chosen may be cut, so that
             the number stays exact.
         separate_documents: whether batches say which document a token is of, so that tokens see their own only.
-        held_out: share of the documents that validation gets where nothing else is named for it.
+        held_out: share of the documents that validation gets where nothing else is named for it; at least one, or
+            a part of the only one.
         seed: seeds the order and the masks of training.
         workers: processes that prepare batches.
         cache_dir: keeps packed corpora and trained tokenizers; ``$PEFT_LIGHTNING_CACHE`` or the user's cache if null.
@@ -83,8 +86,9 @@ class MLMDataModule(SplitDataModule):
         self.block_size = within("block_size", block_size, _SHORTEST, MOST_POSITIONS)
         self.batch_size = within("batch_size", batch_size, 1)
         self.eval_batch_size = within("eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1)
-        self.mask_rate, self.held_out = _share("mask_rate", mask_rate), _share("held_out", held_out)
-        self.whole_words, self.separate_documents = whole_words, separate_documents
+        self.mask_rate, self.held_out = share("mask_rate", mask_rate), share("held_out", held_out)
+        self.whole_words = switch("whole_words", whole_words)
+        self.separate_documents = switch("separate_documents", separate_documents)
         self.seed, self.workers = within("seed", seed, 0), within("workers", workers, 0)
         self._given = tokenizer
         # From what was chosen to what it led to.
@@ -155,22 +159,35 @@ class MLMDataModule(SplitDataModule):
         """Return the packed blocks of a split.
 
         Raises:
-            DataError: the corpus or the cache cannot be used, or a block has too few words for its targets.
+            DataError: the corpus or the cache cannot be used, or most blocks have too few words for their targets.
         """
         _, vocabulary = self._language()
         key = split, vocabulary.digest
         if key not in self._blocks:
             corpus = self._corpus(split)
             blocks = packed(corpus, vocabulary, self.block_size, cache_folder(self.cache_dir))
-            if blocks.fewest < self.targets:
-                raise DataError(
-                    f"{corpus.name}: a block has {blocks.fewest} tokens that are words, for {self.targets} targets;"
-                    f" mask_rate is {self.mask_rate}, allowed here: below {(blocks.fewest + 0.5) / self.block_size:.3f}"
-                )
             if blocks.unknown > _MANY and getattr(self.trainer, "is_global_zero", True):
                 _log.warning("%.0f %% of the tokens of %s are unknown to the tokenizer", 100 * blocks.unknown, split)
-            self._blocks[key] = blocks
+            self._blocks[key] = self._with_targets(blocks, corpus.name)
         return self._blocks[key]
+
+    def _with_targets(self, blocks: Blocks, name: str) -> Blocks:
+        """Return the blocks that have words for all targets: the same ones wherever they are read."""
+        usable = blocks.having(self.targets)
+        if not (lost := len(blocks) - len(usable)):
+            return usable
+        what = f"{lost} of {len(blocks)} blocks have fewer than {self.targets} tokens that are words, one a target"
+        if 2 * lost > len(blocks):
+            most = blocks.words(0.5)
+            allowed = ["another tokenizer"] if blocks.unknown > _MANY or not most else []
+            allowed += [f"below {(most + 0.5) / self.block_size:.3f}"] if most else []
+            raise DataError(
+                f"{name}: {100 * blocks.unknown:.0f} % of the tokens are unknown to the tokenizer; {what};"
+                f" mask_rate is {self.mask_rate}, allowed here: {' or '.join(allowed)}"
+            )
+        if getattr(self.trainer, "is_global_zero", True):
+            _log.warning("%s: %s; they are left out", name, what)
+        return usable
 
     def loader(self, split: str) -> Loader:
         """Return this rank's batches of a split."""
@@ -188,10 +205,17 @@ class MLMDataModule(SplitDataModule):
             whole_words=self.whole_words,
             separate_documents=self.separate_documents,
         )
-        return Loader(collate, sampler, epoch=self.epoch(), workers=self.workers)
+        stream = self._stream() if training else None
+        return Loader(collate, sampler, epoch=self.epoch(), workers=self.workers, stream=stream)
 
-
-def _share(option: str, value: float) -> float:
-    if not 0 < value < 1:
-        raise UsageError(f"{option} is {value}; allowed: between 0 and 1, without these")
-    return value
+    def _stream(self) -> dict[str, int | bool | str]:
+        """Return what decides the training batches, as messages call it."""
+        return {
+            "the texts to train on": self._corpus("train").digest,
+            "the tokenizer": self._language()[1].digest,
+            "block_size": self.block_size,
+            "the number of targets (mask_rate x block_size)": self.targets,
+            "whole_words": self.whole_words,
+            "separate_documents": self.separate_documents,
+            "seed": self.seed,
+        }

@@ -9,7 +9,7 @@ Shapes: B rows of a batch, G = batch size x ranks the rows of a global batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,6 +134,8 @@ class Loader:
         sampler: plans the epochs.
         epoch: returns the number of the current epoch; called when the first batch is asked for.
         workers: processes that prepare batches.
+        stream: what else decides the batches, by name: options and digests. Only a state with the same one is gone on
+            with.
     """
 
     def __init__(
@@ -142,8 +144,10 @@ class Loader:
         sampler: LengthGroupedSampler,
         epoch: Callable[[], int] = lambda: 0,
         workers: int = 0,
+        stream: Mapping[str, int | bool | str] | None = None,
     ) -> None:
         self._collate, self._sampler = collate, sampler
+        self._stream = dict(stream or {})
         self._current_epoch, self._workers = epoch, workers
         self._epoch, self._position = 0, 0
         self._continued = False
@@ -175,20 +179,25 @@ class Loader:
             for batch in plan:
                 yield _pin(self._collate(batch)) if pin else self._collate(batch)
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of its batches that were taken."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch, the number of its batches that were taken, and what decides them."""
         return {
             "epoch": self._epoch,
             "position": self._position,
             "global_batch_size": self._sampler.global_batch_size,
+            "stream": dict(self._stream),
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state`` was taken, if the next epoch to be read is the same.
 
         Raises:
-            UsageError: a position within the epoch was counted in batches of another size.
+            UsageError: the state is of another stream, in whatever epoch; or a position within the epoch was counted
+                in batches of another size.
         """
+        # Older states do not say what they are of.
+        if changed := _changes(state.get("stream") or {}, self._stream):
+            raise UsageError(f"{', '.join(changed)}; allowed to go on with a run: the data that it began with")
         size = self._sampler.global_batch_size
         if state["position"] and state["global_batch_size"] != size:
             saved = state["global_batch_size"]
@@ -207,6 +216,15 @@ class _Planned(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         return self.collate(self.plan[number])
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say what differs of what both know; nobody can read a digest."""
+    names = [name for name in now if name in before and before[name] != now[name]]
+    return [
+        f"{name}: not the same" if isinstance(now[name], str) else f"{name} is {now[name]}, was {before[name]}"
+        for name in names
+    ]
 
 
 def _pin(batch: Any) -> Any:

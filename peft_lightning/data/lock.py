@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ _log = logging.getLogger(__name__)
 def build_once(path: Path, read: Callable[[Path], _T], build: Callable[[BinaryIO], object]) -> _T:
     """Return what ``read`` makes of the file ``path``, which ``build`` writes if it is missing or damaged.
 
+    What a builder that was killed left behind is deleted before another one builds.
+
     Args:
         path: its folder is made if needed.
         read: raises ValueError or OSError if the file is damaged.
@@ -33,7 +36,7 @@ def build_once(path: Path, read: Callable[[Path], _T], build: Callable[[BinaryIO
         pass
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _held(path):
+        with _held(path) as alone:
             # Another process may have built it meanwhile.
             try:
                 return read(path)
@@ -41,6 +44,10 @@ def build_once(path: Path, read: Callable[[Path], _T], build: Callable[[BinaryIO
                 pass
             except (ValueError, OSError) as error:
                 _log.warning("the cached file %s is damaged and is built again: %s", path, error)
+            if alone:
+                # Whoever wrote them held this lock, and was killed.
+                for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                    leftover.unlink(missing_ok=True)
             atomic_write(path, build)
         return read(path)
     except OSError as error:
@@ -48,8 +55,8 @@ def build_once(path: Path, read: Callable[[Path], _T], build: Callable[[BinaryIO
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Hold the lock of a file beside ``path``; it ends with the block, or with the process.
+def _held(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file beside ``path``, and say whether that worked; it ends with the block, or the process.
 
     Some file systems of clusters know no locks. There, each process builds; since files appear whole, they are right
     all the same.
@@ -57,7 +64,9 @@ def _held(path: Path) -> Iterator[None]:
     with path.with_name(f"{path.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
         except OSError as error:
+            locked = False
             _log.warning("%s cannot be locked, so that several processes may do the same work: %s", path, error)
         # Closing the file ends the lock.
-        yield
+        yield locked

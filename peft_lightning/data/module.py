@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from lightning import LightningDataModule
@@ -11,7 +12,7 @@ from lightning import LightningDataModule
 from peft_lightning.data.loader import LengthGroupedSampler, Loader
 from peft_lightning.errors import UsageError
 
-__all__ = ["SplitDataModule", "within"]
+__all__ = ["SplitDataModule", "share", "switch", "within"]
 
 
 class SplitDataModule(LightningDataModule, ABC):
@@ -79,13 +80,42 @@ class SplitDataModule(LightningDataModule, ABC):
         return lambda: trainer.current_epoch if trainer and not getattr(trainer, "overfit_batches", 0) else 0
 
 
-def within(option: str, value: int, least: int, most: int | None = None) -> int:
-    """Return ``value``, a whole number.
+def within(option: str, value: Any, least: int, most: int | None = None) -> int:
+    """Return ``value``, a whole number: neither True, nor 2.0, nor "2".
 
     Raises:
-        UsageError: it lies outside its range; names the option and both.
+        UsageError: it is none, or lies outside its range; names the option and both.
     """
-    if value < least or (most is not None and value > most):
-        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise UsageError(f"{option} is {value}; allowed: {allowed}")
+    allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise UsageError(f"{option} is {value!r}; allowed: a whole number, {allowed}")
+    # NumPy's numbers are not what a checkpoint holds.
+    number = int(value)
+    if number < least or (most is not None and number > most):
+        raise UsageError(f"{option} is {number}; allowed: {allowed}")
+    return number
+
+
+def share(option: str, value: Any) -> float:
+    """Return ``value``, a number between 0 and 1.
+
+    Raises:
+        UsageError: it is none; names the option and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UsageError(f"{option} is {value!r}; allowed: a number between 0 and 1, without these")
+    number = float(value)
+    if not 0 < number < 1:
+        raise UsageError(f"{option} is {number}; allowed: between 0 and 1, without these")
+    return number
+
+
+def switch(option: str, value: Any) -> bool:
+    """Return ``value``, true or false.
+
+    Raises:
+        UsageError: it is neither; names the option and the value.
+    """
+    if not isinstance(value, bool):
+        raise UsageError(f"{option} is {value!r}; allowed: true or false")
     return value

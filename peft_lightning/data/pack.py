@@ -3,8 +3,9 @@
 The documents make one stream of tokens, ``document [SEP] document [SEP] ...``. A block is [CLS] and the next S - 1
 tokens of it; what does not fill a block at the end is left out. There is no padding.
 
-The file is Arrow IPC: record batches of one column, S numbers a row, as small as the vocabulary allows. Its name is a
-digest of everything that changes the result, so no file is ever out of date. It is built by one process under a lock,
+The file is Arrow IPC: record batches of two columns, the block's S numbers, as small as the vocabulary allows, and how
+many of them are words: a reader that needs a certain number of words leaves out the blocks that have fewer. Its name is
+a digest of everything that changes the result, so no file is ever out of date. It is built by one process under a lock,
 and appears whole (``atomic.py``). Each record batch carries a checksum; a damaged file is built again. Neither building
 nor reading needs memory for more than a few record batches.
 
@@ -13,8 +14,10 @@ Shapes: B blocks of a batch, N of a record batch, S tokens of a block, T of a pa
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Blocks", "packed"]
 
-_FORMAT = 1
+_FORMAT = 2
 # Blocks of a record batch, but for the last one.
 _ROWS = 1024
 # Characters that are tokenised together: enough for all cores, few enough to hold what a tokenizer says of each token.
@@ -47,11 +50,11 @@ class Blocks:
     Args:
         path: of the file.
         key: that it must have been built for.
+        words: blocks with fewer ordinary tokens are left out; the others are numbered through.
 
     Attributes:
         block_size: S.
         documents: number of documents.
-        fewest: ordinary tokens in the block that has the fewest.
         unknown: share of unknown words among the tokens.
 
     Raises:
@@ -59,7 +62,7 @@ class Blocks:
         OSError: it cannot be read.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
+    def __init__(self, path: Path, key: str, words: int = 0) -> None:
         import pyarrow as pa
 
         self._origin = path, key
@@ -74,28 +77,53 @@ class Blocks:
         about = _about(batches.pop()[1] if batches else None, key)
         self.block_size: int = about["block_size"]
         self.documents: int = about["documents"]
-        self.fewest: int = about["fewest"]
         self.unknown: float = about["unknown"]
-        self._parts = []
+        self._parts, self._words = [], []
         for batch, metadata in batches:
-            values = batch.column(0).values.to_numpy() if batch.num_columns else np.empty(0)
-            if (metadata or {}).get(b"checksum") != _checksum(values.data):
+            values, counts = (
+                (batch.column(0).values.to_numpy(), batch.column(1).to_numpy())
+                if batch.num_columns == 2
+                else (np.empty(0), np.empty(0))
+            )
+            if (metadata or {}).get(b"checksum") != _checksum(values.data, counts.data):
                 raise ValueError("a checksum differs")
             self._parts.append(values.reshape(-1, self.block_size))
-        self._length = sum(map(len, self._parts))
-        if self._length != about["blocks"] or any(len(part) != _ROWS for part in self._parts[:-1]):
+            self._words.append(counts)
+        length = sum(map(len, self._parts))
+        if length != about["blocks"] or any(len(part) != _ROWS for part in self._parts[:-1]):
             raise ValueError("its number of blocks differs")
+        self._choose(words)
 
     def __len__(self) -> int:
         return self._length
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process maps the file by itself.
-        return Blocks, self._origin
+        return Blocks, (*self._origin, self._fewest)
+
+    def _choose(self, words: int) -> None:
+        self._fewest = words
+        lost = [_ROWS * part + np.flatnonzero(counts < words) for part, counts in enumerate(self._words)]
+        places = np.concatenate([np.empty(0, np.int64), *lost])
+        self._length = sum(map(len, self._words)) - len(places)
+        # How many blocks are left in front of each that is left out.
+        self._before = places - np.arange(len(places))
+
+    def having(self, words: int) -> Blocks:
+        """Return the blocks with at least so many ordinary tokens, numbered through."""
+        chosen = copy.copy(self)
+        chosen._choose(words)
+        return chosen
+
+    def words(self, share: float) -> int:
+        """Return how many ordinary tokens at least this share of all blocks has, at the most."""
+        counts = np.sort(np.concatenate(self._words))[::-1]
+        return int(counts[max(0, math.ceil(share * len(counts)) - 1)])
 
     def rows(self, numbers_B: np.ndarray) -> np.ndarray:
         """Return the blocks of these numbers, whole numbers [B, S]."""
-        return np.stack([self._parts[number // _ROWS][number % _ROWS] for number in numbers_B.tolist()])
+        places_B = numbers_B + np.searchsorted(self._before, numbers_B, side="right")
+        return np.stack([self._parts[number // _ROWS][number % _ROWS] for number in places_B.tolist()])
 
 
 def packed(corpus: Corpus, vocabulary: Vocabulary, block_size: int, folder: Path) -> Blocks:
@@ -120,28 +148,29 @@ def _build(file: BinaryIO, corpus: Corpus, vocabulary: Vocabulary, block_size: i
 
     small = len(vocabulary.ordinary_V) <= np.iinfo(np.uint16).max + 1
     number = pa.uint16() if small else pa.int32()
-    schema = pa.schema([("input_ids", pa.list_(number, block_size))])
+    schema = pa.schema([("input_ids", pa.list_(number, block_size)), ("words", pa.int32())])
     about: dict[str, Any] = {"key": key, "block_size": block_size, "documents": 0, "tokens": 0}
-    blocks, fewest, unknown = 0, block_size, 0
+    blocks, unknown = 0, 0
 
     def batch_of(blocks_NS: np.ndarray) -> tuple[pa.RecordBatch, bytes]:
         values = blocks_NS.ravel().astype(np.uint16 if small else np.int32)
         column = pa.FixedSizeListArray.from_arrays(pa.array(values), block_size)
-        return pa.record_batch([column], schema=schema), _checksum(values.data)
+        words = vocabulary.ordinary_V[blocks_NS].sum(1, dtype=np.int32)
+        return pa.record_batch([column, pa.array(words)], schema=schema), _checksum(values.data, words.data)
 
     with pa.ipc.new_file(file, schema) as writer:
         for blocks_NS in _blocks(corpus, vocabulary, block_size, about):
             batch, checksum = batch_of(blocks_NS)
             writer.write_batch(batch, custom_metadata={"checksum": checksum})
             blocks += len(blocks_NS)
-            fewest = min(fewest, int(vocabulary.ordinary_V[blocks_NS].sum(1).min()))
             unknown += int((blocks_NS == vocabulary.unknown).sum()) if vocabulary.unknown is not None else 0
         if not blocks:
             documents, tokens = about["documents"], about["tokens"]
             has = f"{tokens} tokens in {documents} documents" if documents else "no text"
-            raise DataError(f"{corpus.name}: has {has}; allowed with block_size {block_size}: {block_size - 1} tokens")
+            allowed = f"allowed with block_size {block_size}: {block_size - 1} tokens"
+            raise DataError(f"{corpus.name}: has {has}; {allowed}{corpus.advice}")
         # What is known at the end goes to the end.
-        about |= {"blocks": blocks, "fewest": fewest, "unknown": unknown / (blocks * block_size)}
+        about |= {"blocks": blocks, "unknown": unknown / (blocks * block_size)}
         batch, _ = batch_of(np.empty((0, block_size), np.int32))
         content = json.dumps(about).encode()
         writer.write_batch(batch, custom_metadata={"about": content, "checksum": _checksum(content)})
@@ -209,5 +238,8 @@ def _about(metadata: Mapping[bytes, bytes] | None, key: str) -> dict[str, Any]:
     return about
 
 
-def _checksum(content: bytes | memoryview) -> bytes:
-    return str(zlib.crc32(content)).encode()
+def _checksum(*contents: bytes | memoryview) -> bytes:
+    value = 0
+    for content in contents:
+        value = zlib.crc32(content, value)
+    return str(value).encode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -75,11 +76,15 @@ class TaskDataModule(SplitDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(splits, Mapping | None):
+            raise UsageError(f"splits is {splits!r}; allowed: a mapping from stages to splits, or null")
         chosen = get_task(task)
         self.task = dataclasses.replace(chosen, splits={**chosen.splits, **(splits or {})})
         self.kind = build_kind(self.task)
         if rows is not None and not isinstance(rows, Mapping):
             raise UsageError(f"rows is a {type(rows).__name__}; allowed: a mapping from splits to their rows")
+        if not isinstance(root, str | os.PathLike | None):
+            raise UsageError(f"root is {root!r}; allowed: a folder that exists, or null")
         self.root, self.rows, self.cache_dir = root, rows, cache_dir
         self.batch_size = within("batch_size", batch_size, 1)
         self.eval_batch_size = within("eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1)
@@ -172,4 +177,5 @@ class TaskDataModule(SplitDataModule):
         batch_size = self.batch_size if training else self.eval_batch_size
         sampler = self.sampler(data.lengths(), batch_size, shuffle=training, seed=self.seed)
         collate = PaddingCollate(data, pad_token_id=int(cast(int, self.tokenizer.pad_token_id)))
-        return Loader(collate, sampler, epoch=self.epoch(), workers=self.workers)
+        stream: dict[str, int | bool | str] = {"the rows as they are encoded": data.digest, "seed": self.seed}
+        return Loader(collate, sampler, epoch=self.epoch(), workers=self.workers, stream=stream if training else None)

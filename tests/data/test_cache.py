@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_lightning.data.cache import Encoded, cache_folder, cache_key, cached
-from peft_lightning.errors import DataError
+from peft_lightning.errors import DataError, UsageError
 
 ROWS = [[5, 6, 7], [8], [9, 10]]
 
@@ -132,6 +132,13 @@ def test_folder_that_is_a_file(tmp_path: Path) -> None:
         cached(tmp_path / "file", "key", batch)
 
 
+def test_digest_follows_the_content(tmp_path: Path) -> None:
+    built = [cached(tmp_path, key, lambda rows=rows: batch(rows)) for key, rows in [("a", ROWS), ("b", ROWS)]]  # type: ignore[misc]
+    others = [cached(tmp_path, str(number), lambda r=r: batch(r)) for number, r in enumerate([[[5]], [[5], [6]]])]  # type: ignore[misc]
+    assert built[0].digest == built[1].digest == cached(tmp_path, "a", refuse).digest
+    assert len({data.digest for data in (built[0], *others)}) == 3
+
+
 def test_key_follows_the_parts() -> None:
     assert cache_key({"a": [1], "b": None}) == cache_key({"b": None, "a": [1]})
     assert cache_key({"a": 1}) != cache_key({"a": 2})
@@ -142,5 +149,7 @@ def test_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFT_LIGHTNING_CACHE", "/from/environment")
     assert cache_folder(None) == Path("/from/environment")
     assert cache_folder("/given") == Path("/given")
+    with pytest.raises(UsageError, match="cache_dir is 5; allowed: a folder, or null"):
+        cache_folder(5)  # type: ignore[arg-type]
     monkeypatch.delenv("PEFT_LIGHTNING_CACHE")
     assert cache_folder(None) == Path.home() / ".cache" / "peft_lightning"

@@ -298,6 +298,52 @@ def test_loader_goes_on_within_an_epoch(folder: Path, workers: int) -> None:
     assert same(list(rest), whole[5:])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 7}, "^seed is 7, was 42; allowed to go on with a run: the data that it began with$"),
+        ({"mask_rate": 0.3}, r"^the number of targets \(mask_rate x block_size\) is 5, was 2; allowed to go on"),
+        ({"block_size": 17}, "^block_size is 17, was 16.*; allowed to go on"),
+        ({"whole_words": True}, "^whole_words is True, was False; allowed to go on"),
+        ({"separate_documents": True}, "^separate_documents is True, was False; allowed to go on"),
+        ({"inputs": "other"}, "^the texts to train on: not the same; allowed to go on"),
+        ({"tokenizer": None, "vocab_size": 300}, "^the tokenizer: not the same; allowed to go on"),
+        ({"seed": 7, "inputs": "other"}, "^the texts to train on: not the same, seed is 7, was 42; allowed to go on"),
+    ],
+)
+def test_another_stream_is_refused_in_any_epoch(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train.txt").write_text("the cat\n\n" + (folder / "train.txt").read_text())
+    if "inputs" in changes:
+        changes = {**changes, "inputs": str(tmp_path / "other")}
+    loader = on_rank(module(folder), epoch=1).train_dataloader()
+    next(iter(loader))
+    for epoch, position in ((1, 1), (1, 0), (2, 1)):
+        state = {**loader.state_dict(), "position": position}
+        other = on_rank(module(folder, **changes), epoch=epoch).train_dataloader()
+        with pytest.raises(UsageError, match=message):
+            other.load_state_dict(state)
+        del state["stream"]
+        other.load_state_dict(state)
+
+
+def test_what_decides_nothing_may_change(folder: Path, tmp_path: Path) -> None:
+    state = module(folder).train_dataloader().state_dict()
+    assert torch.load(dumped(state, tmp_path), weights_only=True) == state
+    moved = folder.rename(tmp_path / "moved")
+    for changes in ({"workers": 1}, {"eval_batch_size": 3}, {"cache_dir": str(tmp_path / "own")}, {"mask_rate": 0.14}):
+        module(moved, **changes).train_dataloader().load_state_dict(state)
+    assert module(moved).val_dataloader().state_dict()["stream"] == {}
+
+
+def dumped(content: Any, folder: Path) -> Path:
+    """A file as a checkpoint is one."""
+    torch.save(content, folder / "state.ckpt")
+    return folder / "state.ckpt"
+
+
 class Reader(L.LightningModule):
     """A module that notes what it is given."""
 
@@ -473,6 +519,18 @@ sys.stdout.write(str(blocks.rows(numpy.arange(len(blocks))).tolist()))
         ({"eval_batch_size": 0}, "eval_batch_size is 0; allowed: at least 1"),
         ({"seed": -1}, "seed is -1; allowed: at least 0"),
         ({"workers": -1}, "workers is -1; allowed: at least 0"),
+        ({"batch_size": True}, "batch_size is True; allowed: a whole number, at least 1"),
+        ({"batch_size": 2.0}, "batch_size is 2.0; allowed: a whole number, at least 1"),
+        ({"eval_batch_size": "8"}, "eval_batch_size is '8'; allowed: a whole number, at least 1"),
+        ({"seed": 1.5}, "seed is 1.5; allowed: a whole number, at least 0"),
+        ({"workers": False}, "workers is False; allowed: a whole number, at least 0"),
+        ({"block_size": "32"}, "block_size is '32'; allowed: a whole number, from 16 to 65536"),
+        ({"block_size": 32.5}, "block_size is 32.5; allowed: a whole number, from 16 to 65536"),
+        ({"vocab_size": 300.0}, "vocab_size is 300.0; allowed: a whole number, at least 300"),
+        ({"mask_rate": "0.1"}, "mask_rate is '0.1'; allowed: a number between 0 and 1"),
+        ({"held_out": True}, "held_out is True; allowed: a number between 0 and 1"),
+        ({"whole_words": "no"}, "whole_words is 'no'; allowed: true or false"),
+        ({"separate_documents": 1}, "separate_documents is 1; allowed: true or false"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
@@ -500,7 +558,12 @@ ENOUGH = "\n\n".join(texts(60)).encode()
         (write("train.txt", b""), {}, "train.txt .*: has no text; allowed with block_size 16: 15 tokens"),
         (write("train.txt", b""), {"tokenizer": None}, "train.txt .*: has no text; allowed: some to train a tokenizer"),
         (write("a.txt", b"the cat"), {}, r"a.txt \(without held_out = 0.05\): has 3 tokens in 1 documents; allowed"),
-        (write("a.txt", b"cat " * 200), {}, r"a.txt \(held_out = 0.05\): has no text; allowed with block_size 16"),
+        (write("a.txt", b"cat " * 60), {}, r"a.txt \(held_out = 0.05\): is one short document, of which n"),
+        (
+            write("a.txt", b"cat cat\n\n" * 26),
+            {},
+            r"has 3 tokens in 1 documents; .* 15 tokens; or a larger held_out; or",
+        ),
         (write("a.txt", b"cat \xff" * 99), {}, "a.txt: is no UTF-8 text: byte 4 is 0xff; allowed: UTF-8"),
         (write("a.csv", b"text\n"), {}, "texts: has no file of a known kind; allowed: .txt, .text, .md, .parquet"),
         (write("a.jsonl", b'{"content": ""}'), {}, "a.jsonl: row 0 is no object with 'text'"),
@@ -510,7 +573,10 @@ ENOUGH = "\n\n".join(texts(60)).encode()
         (lambda folder: None, {"inputs": "no/such.txt"}, "inputs is 'no/such.txt'; allowed: a file or folder that"),
         (lambda folder: None, {"validation": "no/such.txt"}, "validation is 'no/such.txt'; allowed: a file or fold"),
         (lambda folder: None, {"block_size": 1024}, "block_size is 1024; allowed with this tokenizer: at most 512"),
-        (lambda folder: None, {"mask_rate": 0.95}, r"a block has \d+ tokens that are words, for 15 targets; mask_rate"),
+        (lambda folder: None, {"mask_rate": 0.95}, r"\d+ of \d+ blocks have fewer than 15 tokens that are words, one"),
+        (lambda folder: None, {"inputs": 5}, "inputs is 5; allowed: files, folders or hub names, or null"),
+        (lambda folder: None, {"validation": [5]}, r"validation is \[5\]; allowed: files, folders or hub names, or"),
+        (lambda folder: None, {"cache_dir": 5}, "cache_dir is 5; allowed: a folder, or null"),
         (lambda folder: None, {"tokenizer": 5}, "tokenizer is 5; allowed: a fast tokenizer"),
         (lambda folder: None, {"tokenizer": "./none"}, "'./none': its tokenizer cannot be loaded, there is no such fo"),
     ],
@@ -535,6 +601,73 @@ def test_tokens_that_are_allowed_are_enough(folder: Path) -> None:
         module(folder, mask_rate=limit + 0.002).setup("test")
 
 
+def rare(folder: Path, parts: int, words: int = 4000) -> None:
+    """Training texts with a share of letters that the tokenizer does not know."""
+    known = " ".join(np.random.default_rng(3).choice(WORDS, words)).split()
+    half = len(known) // 2
+    letters = [chr(0x4E00 + number) for number in range(parts * 15)]
+    (folder / "train.txt").write_text(" ".join(known[:half] + letters + known[half:]))
+
+
+def test_a_few_blocks_without_words_cost_only_themselves(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rare(folder, 9)
+    expected = blocks_of([(folder / "train.txt").read_text()], toy_tokenizer(), 16)
+    kept = [block for block in expected if VOCABULARY.ordinary_V[block].sum() >= 2]
+    lost = len(expected) - len(kept)
+    assert 7 <= lost <= 9
+    with caplog.at_level(logging.WARNING):
+        data = module(folder, batch_size=6)
+        data.setup("fit")
+    message = (
+        f"{lost} of {len(expected)} blocks have fewer than 2 tokens that are words, one a target; they are left out"
+    )
+    assert [record for record in caplog.records if record.getMessage().endswith(f"train.txt: {message}")]
+    assert "validation.txt" not in caplog.text
+    seen = set()
+    for batch in data.train_dataloader():
+        plain = batch["input_ids"].scatter(1, batch["targets"], batch["labels"])
+        assert plain.tolist() == [kept[row] for row in batch["rows"].tolist()]
+        assert VOCABULARY.ordinary_V[batch["labels"].numpy()].all()
+        seen |= {*batch["rows"].tolist()}
+    assert len(seen) == len(kept) // 6 * 6
+    one = steps_of([data.train_dataloader()])
+    for workers in (0, 1):
+        ranks = [on_rank(module(folder, batch_size=3, workers=workers), rank, 2) for rank in range(2)]
+        assert same(steps_of([rank.train_dataloader() for rank in ranks]), one)
+
+
+def test_more_targets_leave_out_more_blocks(folder: Path) -> None:
+    (folder / "train.txt").write_text("\n\n".join(["cat"] * 150 + ["cat " * 14] * 100))
+    sizes = [len(module(folder, mask_rate=rate).load("train")) for rate in (0.15, 0.4, 0.6, 0.85)]
+    assert sizes[0] == sizes[1] > sizes[2] == sizes[3] == 100
+
+
+def test_only_rank_zero_warns_of_blocks_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rare(folder, 9)
+    on_rank(module(folder), rank=1, world=2, is_global_zero=False).setup("fit")
+    assert "left out" not in caplog.text
+
+
+def test_texts_of_another_language_are_refused(folder: Path) -> None:
+    rare(folder, 60, words=300)
+    with pytest.raises(DataError) as caught:
+        module(folder).setup("fit")
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(f"{folder}/train.txt: 7")
+    assert " % of the tokens are unknown to the tokenizer; " in message
+    assert message.endswith("one a target; mask_rate is 0.15, allowed here: another tokenizer")
+
+
+@pytest.mark.parametrize(
+    "content", ["\n".join(texts(400))[:45_000], "cat " * 400, "\n\n".join(["\n".join(texts(40))] * 10)]
+)
+def test_small_corpora_are_divided(folder: Path, content: str) -> None:
+    write("a.txt", content.encode())(folder)
+    data = module(folder)
+    data.setup("fit")
+    assert len(data.load("train")) > 2 * len(data.load("validation")) > 10
+
+
 def test_validation_without_documents(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "train.txt").write_text("a")
@@ -543,9 +676,11 @@ def test_validation_without_documents(folder: Path, tmp_path: Path) -> None:
 
 
 def test_validation_is_not_needed_where_nothing_is_validated(folder: Path) -> None:
-    write("a.txt", b"cat " * 200)(folder)
+    write("a.txt", b"cat " * 60)(folder)
     on_rank(module(folder), limit_val_batches=0).setup("fit")
-    with pytest.raises(DataError, match="has no text"):
+    with pytest.raises(
+        DataError, match="nothing can be held out; allowed: inputs for validation, or limit_val_batches 0"
+    ):
         on_rank(module(folder), limit_val_batches=1.0).setup("fit")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,57 @@ def test_what_names_no_split(tmp_path: Path, unmarked: str) -> None:
         for split in ("train", "validation", "test"):
             corpus = open_corpus(inputs, split, unmarked=unmarked)
             assert (texts(corpus) == expected) if split == unmarked else (corpus is None)
+
+
+def fill(folder: Path, *names: str) -> None:
+    """Make files that hold their own paths."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+@pytest.mark.parametrize("unmarked", ["train", "validation"])
+def test_folders_in_a_folder_are_read(tmp_path: Path, unmarked: str) -> None:
+    read = ["README.md", "a/1.txt", "a/b/c/2.txt", "a/test.txt", "b.txt", "z/train/3.txt"]
+    fill(tmp_path, *reversed(read), "a/4.csv", ".5.txt", ".git/6.txt", "a/.7/8.txt", "a/.9.txt")
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    for split in ("train", "validation", "test"):
+        corpus = open_corpus(str(tmp_path), split, unmarked=unmarked)
+        assert (texts(corpus) == read) if split == unmarked else (corpus is None)
+
+
+def test_only_what_is_below_may_be_hidden(tmp_path: Path) -> None:
+    fill(tmp_path / ".corpus", "a/1.txt")
+    assert texts(open_corpus(str(tmp_path / ".corpus"), "train")) == ["a/1.txt"]
+
+
+def test_folders_name_splits(tmp_path: Path) -> None:
+    fill(tmp_path, "train/1.txt", "train/a/test.txt", "train.txt", "validation/2.txt", "notes.txt", "other/train.txt")
+    assert texts(open_corpus(str(tmp_path), "train")) == ["train/1.txt", "train/a/test.txt", "train.txt"]
+    assert texts(open_corpus(str(tmp_path), "validation")) == ["validation/2.txt"]
+    assert open_corpus(str(tmp_path), "test") is None
+
+
+def test_folder_in_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, "1.txt", "a/2.txt")
+    real = os.scandir
+
+    def scan(path: Any) -> Any:
+        if Path(path).name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(DataError, match=r"inputs cannot be read: .*Permission denied: '.*/a'"):
+        open_corpus(str(tmp_path), "train")
+
+
+def test_many_files_have_a_short_name(tmp_path: Path) -> None:
+    fill(tmp_path, *(f"{number}.txt" for number in range(9)))
+    corpora = open_corpus(str(tmp_path), "train"), open_corpus([str(tmp_path / f"{n}.txt") for n in range(4)], "train")
+    assert corpora[0] is not None and corpora[1] is not None
+    assert corpora[0].name == ", ".join([*(str(tmp_path / f"{number}.txt") for number in range(3)), "6 more"])
+    assert corpora[1].name.count(".txt") == 4
 
 
 def test_documents_of_several_files_stay_apart(tmp_path: Path) -> None:
@@ -147,9 +199,15 @@ def test_pieces_make_the_documents(tmp_path_factory: pytest.TempPathFactory, con
 @given(count=st.integers(0, 200), share=st.floats(0.01, 0.99))
 def test_each_document_is_on_one_side(count: int, share: float) -> None:
     corpus = of(*(f"document {number}" for number in range(count)))
+    if count == 1:
+        assert texts(held_out_part(corpus, share, inside=False)) == ["document 0"]
+        with pytest.raises(DataError, match="is one short document, of which nothing can be held out; allowed: inputs"):
+            texts(held_out_part(corpus, share, inside=True))
+        return
     inside, outside = (texts(held_out_part(corpus, share, inside=side)) for side in (True, False))
     assert sorted(inside + outside) == sorted(texts(corpus))
     assert not {*inside} & {*outside}
+    assert not count or inside and outside
     assert inside == sorted(inside, key=lambda text: int(text.split()[1]))
 
 
@@ -194,6 +252,27 @@ def test_one_very_long_document_can_be_held_out(monkeypatch: pytest.MonkeyPatch)
             assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.3, 0.9])
+@pytest.mark.parametrize("size", [2000, 5200, 45_000, 60_000, 90_000])
+def test_one_text_is_divided_however_short(share: float, size: int) -> None:
+    text = " ".join(f"{number:09}" for number in range(size // 10))
+    corpus = Corpus(name="mine", digest="mine", read=lambda: documents._pieces([(0, text)]))
+    inside, outside = (texts(held_out_part(corpus, share, inside=side)) for side in (True, False))
+    words = [[word for text in side for word in text.split()] for side in (inside, outside)]
+    assert sorted(words[0] + words[1]) == text.split(), "a word is cut, lost or there twice"
+    assert min(map(len, words)) >= 20
+    if share > 0.1 and size > 40_000:
+        assert len(words[0]) / len(text.split()) == pytest.approx(share, abs=0.15)
+
+
+def test_few_documents_are_divided() -> None:
+    # The hash of number 26 is the first one below 0.05, and that of number 0 is below 0.3.
+    for count, share, held in [(10, 0.05, 1), (20, 0.1, 2), (2, 0.3, 1), (3, 0.99, 2)]:
+        corpus = of(*(f"document {number}" for number in range(count)))
+        inside, outside = (texts(held_out_part(corpus, share, inside=side)) for side in (True, False))
+        assert (len(inside), len(outside)) == (held, count - held)
+
+
 def test_sides_and_shares_have_digests_of_their_own() -> None:
     corpus = of("a")
     sides = [(0.1, True), (0.1, False), (0.2, True), (0.2, False)]
@@ -229,6 +308,14 @@ def test_file_of_another_kind(tmp_path: Path) -> None:
 def test_no_inputs_at_all() -> None:
     with pytest.raises(UsageError, match="inputs is empty; allowed: files, folders or hub names, or null"):
         open_corpus([], "train")
+
+
+@pytest.mark.parametrize("inputs", [5, True, [5], ["a.txt", None], {"a.txt": 1}, b"a.txt"])
+def test_inputs_that_are_no_names(inputs: Any) -> None:
+    for option, unmarked in (("inputs", "train"), ("validation", "validation")):
+        with pytest.raises(UsageError) as caught:
+            open_corpus(inputs, unmarked, unmarked=unmarked)
+        assert str(caught.value) == f"{option} is {inputs!r}; allowed: files, folders or hub names, or null"
 
 
 def test_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,7 +260,7 @@ def test_every_epoch_is_asked_for_when_it_begins() -> None:
     lengths, epochs = np.arange(20) % 5 + 1, iter([4, 5])
     loader = loader_of(lengths, epoch=lambda: next(epochs))
     assert rows_read(loader) == rows_read(loader_of(lengths, epoch=lambda: 4))
-    assert loader.state_dict() == {"epoch": 4, "position": 5, "global_batch_size": 4}
+    assert loader.state_dict() == {"epoch": 4, "position": 5, "global_batch_size": 4, "stream": {}}
     assert rows_read(loader) == rows_read(loader_of(lengths, epoch=lambda: 5))
 
 
@@ -276,3 +276,39 @@ def test_state_in_batches_of_another_size_is_refused() -> None:
     with pytest.raises(UsageError, match="batch_size times ranks is 4; allowed to go on within an epoch: 8"):
         loader_of(np.arange(20) + 1).load_state_dict(state)
     loader_of(np.arange(20) + 1).load_state_dict({**state, "position": 0})
+
+
+STREAM = {"seed": 3, "texts": "abc", "whole": False}
+
+
+@pytest.mark.parametrize("taken", [0, 2, 5])
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 4}, "seed is 4, was 3; allowed to go on with a run: the data that it began with"),
+        ({"whole": True}, "whole is True, was False; allowed"),
+        ({"texts": "xyz"}, "texts: not the same; allowed"),
+        ({"seed": 4, "texts": "xyz"}, "seed is 4, was 3, texts: not the same; allowed"),
+    ],
+)
+def test_state_of_another_stream_is_refused(taken: int, epoch: int, changes: dict[str, Any], message: str) -> None:
+    lengths = np.arange(20) % 5 + 1
+    first = loader_of(lengths, stream=STREAM)
+    for number, _ in enumerate(first, 1):
+        if number >= taken:
+            break
+    state = first.state_dict()
+    other = loader_of(lengths, stream={**STREAM, **changes}, epoch=lambda: epoch)
+    with pytest.raises(UsageError) as caught:
+        other.load_state_dict(state)
+    assert str(caught.value).startswith(message)
+    assert other.state_dict()["position"] == 0
+    loader_of(lengths, stream=STREAM, epoch=lambda: epoch, workers=1).load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [{}, {"stream": {}}, {"stream": {"seed": 3}}, {"stream": {**STREAM, "gone": 1}}])
+def test_older_states_say_less(state: dict[str, Any]) -> None:
+    loader = loader_of(np.arange(20) + 1, stream=STREAM)
+    loader.load_state_dict({"epoch": 0, "position": 2, "global_batch_size": 4, **state})
+    assert loader.state_dict()["position"] == 2 and loader.state_dict()["stream"] == STREAM

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,6 +78,45 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
     assert build_once(tmp_path / "file", read, lambda file: file.write(b"Content")) == "Content"
 
 
+def leftovers(folder: Path) -> set[str]:
+    """What builders of three files left, of which one was called much like ours."""
+    names = {f".{name}.0123.tmp" for name in ("file", "file2", "[f]ile")}
+    for name in names:
+        (folder / name).write_bytes(b"Con")
+    return names
+
+
+@pytest.mark.parametrize("name", ["file", "[f]ile"])
+def test_what_a_killed_builder_left_is_deleted(tmp_path: Path, name: str) -> None:
+    left = leftovers(tmp_path)
+    built = []
+
+    def build(file: BinaryIO) -> None:
+        built.append({path.name for path in tmp_path.glob(f".{glob.escape(name)}.*.tmp")})
+        file.write(b"Content")
+
+    build_once(tmp_path / name, read, build)
+    assert len(built[0]) == 1 and not built[0] & left, "before the next one needs the room"
+    assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}.lock", *left} - {f".{name}.0123.tmp"}
+
+
+def test_a_killed_process_leaves_nothing_for_ever(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys
+from pathlib import Path
+from peft_lightning.data.lock import build_once
+def build(file):
+    file.write(b"Con")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+build_once(Path(sys.argv[1]), Path.read_text, build)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "file")], timeout=60)
+    assert len(list(tmp_path.glob(".file.*.tmp"))) == 1
+    assert build_once(tmp_path / "file", read, lambda file: file.write(b"Content")) == "Content"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "file.lock"}
+
+
 def test_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(DataError, match=r"cache_dir '.*taken' cannot be written"):
@@ -87,8 +129,11 @@ def test_file_system_without_locks(
     def unknown(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
+    left = leftovers(tmp_path)
     monkeypatch.setattr(fcntl, "flock", unknown)
     assert build_once(tmp_path / "file", read, lambda file: file.write(b"Content")) == "Content"
+    # It may be another process's, which is alive.
+    assert left <= {path.name for path in tmp_path.iterdir()}
     assert "file cannot be locked, so that several processes may do the same work: " in caplog.text
 
 

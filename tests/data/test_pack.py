@@ -87,7 +87,15 @@ def test_equals_the_oracle(
         assert all_of(blocks) == expected
         assert len(blocks) == len(expected) and blocks.block_size == block_size
         ordinary = [sum(bool(VOCABULARY.ordinary_V[token]) for token in block) for block in expected]
-        assert blocks.fewest == min(ordinary)
+        for least in range(block_size + 1):
+            chosen = blocks.having(least)
+            kept = [block for block, count in zip(expected, ordinary, strict=True) if count >= least]
+            assert len(chosen) == len(kept) and all_of(chosen) == kept
+        assert all_of(blocks) == expected
+        for share in (0.01, 0.3, 0.5, 1.0):
+            most = blocks.words(share)
+            shares = [len(blocks.having(count)) / len(blocks) for count in (most, most + 1)]
+            assert shares[0] >= share > shares[1]
         assert blocks.documents == sum(bool(text.strip()) for text in contents)
         unknown = sum(token == VOCABULARY.unknown for block in expected for token in block)
         assert blocks.unknown == pytest.approx(unknown / (len(expected) * block_size))
@@ -101,10 +109,25 @@ def test_rows_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert blocks.rows(numbers).tolist() == [whole[number] for number in numbers]
 
 
+@pytest.mark.parametrize("words", [0, 14, 15])
+def test_blocks_with_words_enough_in_any_order_and_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: int
+) -> None:
+    monkeypatch.setattr(pack, "_ROWS", 3)
+    blocks = packed(of(*texts(60)), VOCABULARY, 16, tmp_path)
+    kept = [block for block in all_of(blocks) if VOCABULARY.ordinary_V[block].sum() >= words]
+    assert len(kept) > 3 and (words == 0 or len(kept) < len(blocks))
+    numbers = np.array([3, 0, len(kept) - 1, 3])
+    for chosen in (blocks.having(words), pickle.loads(pickle.dumps(blocks.having(words)))):
+        assert len(chosen) == len(kept)
+        assert chosen.rows(numbers).tolist() == [kept[number] for number in numbers]
+    assert len(blocks.having(words).having(0)) == len(blocks)
+
+
 def test_blocks_are_mapped_and_small(tmp_path: Path) -> None:
     blocks = packed(of(*texts(400)), VOCABULARY, 16, tmp_path)
     (path,) = tmp_path.glob("*.arrow")
-    assert path.stat().st_size < 2 * 16 * len(blocks) + 3000
+    assert path.stat().st_size < (2 * 16 + 4) * len(blocks) + 3000
     assert not blocks._parts[0].flags.owndata and not blocks._parts[0].flags.writeable
     assert all_of(pickle.loads(pickle.dumps(blocks))) == all_of(blocks)
 
@@ -179,14 +202,16 @@ def test_truncated_file_is_built_again(tmp_path: Path, cut: int, caplog: pytest.
 def test_any_damaged_byte_is_found_or_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack, "_ROWS", 20)
     corpus = of(*texts(60))
-    whole = all_of(packed(corpus, VOCABULARY, 16, tmp_path))
+    blocks = packed(corpus, VOCABULARY, 16, tmp_path)
+    whole, some = all_of(blocks), all_of(blocks.having(14))
     (path,) = tmp_path.glob("*.arrow")
     content = path.read_bytes()
     found = 0
     for position in range(0, len(content), 5):
         path.write_bytes(content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
         try:
-            assert all_of(Blocks(path, path.stem)) == whole
+            read = Blocks(path, path.stem)
+            assert all_of(read) == whole and all_of(read.having(14)) == some
         except (ValueError, OSError):
             found += 1
     assert found > 16 * len(whole) * 2 / 5, "what the blocks themselves hold"

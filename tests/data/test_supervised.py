@@ -207,6 +207,14 @@ def test_cache_dir_comes_before_the_environment(cache_dir: Path, tmp_path: Path)
         ({"seed": -1}, "seed is -1; allowed: at least 0"),
         ({"workers": -1}, "workers is -1; allowed: at least 0"),
         ({"rows": ROWS}, "rows is a list; allowed: a mapping from splits to their rows"),
+        ({"batch_size": True}, "batch_size is True; allowed: a whole number, at least 1"),
+        ({"batch_size": 2.0}, "batch_size is 2.0; allowed: a whole number, at least 1"),
+        ({"eval_batch_size": "8"}, "eval_batch_size is '8'; allowed: a whole number, at least 1"),
+        ({"seed": 1.5}, "seed is 1.5; allowed: a whole number, at least 0"),
+        ({"workers": False}, "workers is False; allowed: a whole number, at least 0"),
+        ({"max_length": "32"}, "max_length is '32'; allowed: a whole number, at least 8"),
+        ({"root": 5}, "root is 5; allowed: a folder that exists, or null"),
+        ({"splits": "dev"}, "splits is 'dev'; allowed: a mapping from stages to splits, or null"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
@@ -326,6 +334,30 @@ def test_trainer_reads_all_rows_and_continues_within_an_epoch(cache_dir: Path, t
     for step in (3, 6, 9):
         rest = fit(tmp_path / "rest", ckpt_path=str(tmp_path / "whole" / f"step={step}.ckpt"))
         assert rest.read == whole.read[step:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 7}, "^seed is 7, was 42; allowed to go on"),
+        ({"max_length": 8}, "^the rows as they are encoded: not the same; allowed to go on"),
+        ({"rows": {"train": [*ROWS, *ROWS[::-1]]}}, "^the rows as they are encoded: not the same; allowed to go on"),
+    ],
+)
+def test_other_data_are_refused_in_any_epoch(cache_dir: Path, changes: dict[str, Any], message: str) -> None:
+    rows = [{"text": f"{text} cat cat cat cat cat cat", "label": 0} for text in ("the", "a", "his", "dog")]
+    options: dict[str, Any] = {"rows": {"train": rows, "validation": ROWS}, "batch_size": 2}
+    first = module(TASK, **options).train_dataloader()
+    next(iter(first))
+    for position in (0, 1):
+        state = {**first.state_dict(), "position": position}
+        with pytest.raises(UsageError, match=message):
+            module(TASK, **{**options, **changes}).train_dataloader().load_state_dict(state)
+        module(TASK, **options, workers=1, eval_batch_size=1).train_dataloader().load_state_dict(state)
+        del state["stream"]
+        module(TASK, **{**options, **changes}).train_dataloader().load_state_dict(state)
+    # Evaluation may read whatever it likes.
+    assert module(TASK, **options).val_dataloader().state_dict()["stream"] == {}
 
 
 @pytest.mark.filterwarnings("ignore")
