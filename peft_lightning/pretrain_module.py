@@ -46,8 +46,8 @@ class PretrainModule(MethodModule):
         seed: of initial values, dropout and ties.
     """
 
-    monitor = "val/accuracy"
-    """Name of the metric that the best checkpoint has most of."""
+    monitor = "val/loss"
+    """Name of the metric that the best checkpoint has least of."""
 
     def __init__(
         self, *, backbone: str | BackboneConfig, optim: OptimConfig | Mapping[str, Any], chunk: int, seed: int
@@ -212,8 +212,9 @@ class PretrainModule(MethodModule):
     def _conclude(self, stage: str) -> None:
         for name, sums in self._sums.items():
             loss, right, count = self.summed(sums).unbind()
-            self.log(f"{stage}/{name}loss", (loss / count).float(), prog_bar=stage == "val" and not name)
-            self.log(f"{stage}/{name}accuracy", (right / count).float(), prog_bar=stage == "val" and not name)
+            shown: dict[str, Any] = {"prog_bar": stage == "val" and not name, "sync_dist": True}
+            self.log(f"{stage}/{name}loss", (loss / count).float(), **shown)
+            self.log(f"{stage}/{name}accuracy", (right / count).float(), **shown)
         self._sums = {}
 
     # -- files -------------------------------------------------------------------------------------------------

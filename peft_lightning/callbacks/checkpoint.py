@@ -1,13 +1,14 @@
 """Checkpoints that survive: written at optimizer-step boundaries, atomically, with all that a resumed run needs.
 
 ``last.ckpt`` holds a state from which the run goes on as if nothing had happened; ``best.ckpt`` holds the weights with
-the best validation metric. SIGTERM, or Ctrl-C,
+the best validation metric: the highest, or the lowest where the metric is a loss. SIGTERM, or Ctrl-C,
 waits for the next boundary, saves and ends the process; a second Ctrl-C ends it at once.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import threading
@@ -52,7 +53,8 @@ class RunCheckpoint(Checkpoint):
     Args:
         folder: the run's folder.
         every_n_steps: optimizer steps between two saves of ``last.ckpt``; validation ends save it too.
-        monitor: metric for ``best.ckpt``, the higher the better; by default the task's first metric.
+        monitor: metric for ``best.ckpt``, the higher the better, unless its name ends in ``loss``; by default the
+            task's first metric, or in pretraining the loss.
 
     Raises:
         UsageError: if ``every_n_steps`` is below 1.
@@ -65,7 +67,7 @@ class RunCheckpoint(Checkpoint):
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.monitor = monitor
-        self.best_score = -math.inf
+        self.best_score: float | None = None
         self.best_step = -1
         self._signal: int | None = None
         self._saved_step = -1
@@ -100,7 +102,7 @@ class RunCheckpoint(Checkpoint):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Cut the log back to the checkpoint; a best score counts only with its file."""
         if not trainer.strategy.broadcast((self.folder / "best.ckpt").exists()):
-            self.best_score, self.best_step = -math.inf, -1
+            self.best_score, self.best_step = None, -1
         for log in self._logs(trainer):
             log.cut(self._restored["log_rows"] if self._restored else 0)
 
@@ -137,7 +139,7 @@ class RunCheckpoint(Checkpoint):
             return
         self._metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
         score = trainer.callback_metrics.get(str(self.monitor))
-        if score is not None and float(score) > self.best_score:
+        if score is not None and self._is_better(float(score)):
             self.best_score, self.best_step = float(score), trainer.global_step
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
         if trainer.fit_loop.epoch_loop._should_accumulate():
@@ -150,6 +152,11 @@ class RunCheckpoint(Checkpoint):
         """Save the end if nothing saved it yet."""
         if self._saved_step != trainer.global_step:
             self._save_last(trainer)
+
+    def _is_better(self, score: float) -> bool:
+        if self.best_score is None:
+            return not math.isnan(score)
+        return score < self.best_score if str(self.monitor).endswith("loss") else score > self.best_score
 
     # -- parts -------------------------------------------------------------------------------------------------
 
@@ -164,6 +171,8 @@ class RunCheckpoint(Checkpoint):
         if number == self._signal == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: at once
         self._signal = number
+        again = "; once more ends it at once" if number == signal.SIGINT else ""
+        os.write(2, f"\n{signal.Signals(number).name}: ends after this optimizer step and saves{again}\n".encode())
 
     def _asked_to_stop(self, trainer: L.Trainer) -> bool:
         """True on all ranks as soon as any rank got a signal."""

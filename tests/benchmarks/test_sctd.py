@@ -267,7 +267,7 @@ def _check_what_runs_share(folder: Path) -> None:
             assert record.series["seconds"] == sorted(record.series["seconds"])
             assert record.results["training_seconds"] == pytest.approx(record.series["seconds"][-1])
             assert record.results["loss"] == record.series["val/loss"][-1]
-            share = steps // 2 / steps if arm in ("drop+full", "sctd") else 0.0
+            share = steps // 2 / steps if arm == "sctd" else 0.0
             assert record.results["teacher_share"] == pytest.approx(share)
             assert ("dropped_loss" in record.results) == (arm != "mlm")
     for seed in suite.seeds:
