@@ -89,6 +89,11 @@ class RunCheckpoint(Checkpoint):
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
         self._restored = state_dict
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Those of the last validation; of a run that was finished before, what its checkpoint remembers."""
+        return dict(self._restored["metrics"] if self._restored else self._metrics)
+
     # -- hooks -------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

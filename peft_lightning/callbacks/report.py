@@ -56,6 +56,7 @@ class Report(L.Callback):
         self.folder = Path(folder)
         self.seconds = 0.0
         self._start = 0.0
+        self._trained, self._metrics = False, dict[str, Any]()
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds spent so far, over all processes of the run."""
@@ -78,8 +79,14 @@ class Report(L.Callback):
         if trainer.state.fn == "validate":
             self.on_test_start(trainer, pl_module)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the metrics of the last validation, which the trainer lets go when the fit has ended."""
+        self._trained, self._metrics = True, dict(trainer.callback_metrics)
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Report on the last validation and export what was trained; all is saved by now, should something fail."""
+        if not self._trained and (self.folder / "report.json").exists():
+            return  # a run that was finished before
         self._report(trainer, pl_module, "val", "report.json")
         if trainer.is_global_zero and isinstance(pl_module, TaskModule):
             write_adapter(self.folder / "adapter", pl_module.owned_state(), pl_module.manifest())
@@ -99,15 +106,14 @@ class Report(L.Callback):
         if not trainer.is_global_zero or not isinstance(module, MethodModule):
             return
         split = {"val": "validation", "test": "test"}[stage]
-        scores = {
-            key.removeprefix(f"{stage}/"): float(value)
-            for key, value in trainer.callback_metrics.items()
-            if key.startswith(f"{stage}/")
-        }
         callbacks = getattr(trainer, "callbacks", [])
         best = next((c for c in callbacks if isinstance(c, RunCheckpoint)), None)
-        speed = next((c.totals for c in callbacks if isinstance(c, Throughput) and c.totals), None)
         fitting = trainer.state.fn == "fit"
+        known = trainer.callback_metrics if not fitting else self._metrics or (best.metrics if best else {})
+        scores = {
+            key.removeprefix(f"{stage}/"): float(value) for key, value in known.items() if key.startswith(f"{stage}/")
+        }
+        speed = next((c.totals for c in callbacks if isinstance(c, Throughput) and c.totals), None)
         report = {
             **module.summary(),
             "stage": split,

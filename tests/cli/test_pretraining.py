@@ -186,3 +186,14 @@ def test_code_beside_a_tokenizer_is_neither_run_nor_asked_about(
         assert end.value.code == 1
         shown = capsys.readouterr()
         assert "the tokenizer in the checkpoint is damaged" in shown.err and "y/N" not in shown.out + shown.err
+
+
+def test_a_finished_run_without_its_report_gets_it_again(tmp_path: Path, cache_dir: Path) -> None:
+    run = tmp_path / "run"
+    pretrain(run, "--trainer.max_steps", "4")
+    before = json.loads((run / "report.json").read_text())
+    (run / "report.json").unlink()
+    for _ in range(2):
+        pretrain(run, "--trainer.max_steps", "4", "--resume", "auto")
+        again = json.loads((run / "report.json").read_text())
+        assert again["scores"] == before["scores"] != {} and again["steps"] == 4
