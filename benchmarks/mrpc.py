@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.mrpc_table import write_tables
 from benchmarks.runs import Run, Trial, run_missing
+from benchmarks.script import CONSOLE, run
 from benchmarks.shared import ROOT, backbone, clean_environment
 from peft_lightning import FineTuneModule, OptimConfig, PruneConfig, SparseAdapterModule
-from peft_lightning.errors import PeftLightningError
 
 __all__ = ["ARMS", "Arm", "main"]
-
-_CONSOLE = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder: Path = options.out or default
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     environment = clean_environment(options.allow_dirty or options.tiny)
-    run_missing(_runs(options.tiny), folder, environment, _CONSOLE)
-    _CONSOLE.print(write_tables(folder, [arm.name for arm in ARMS], () if options.tiny else ("README", "RESULTS")))
+    run_missing(_runs(options.tiny), folder, environment, CONSOLE)
+    CONSOLE.print(write_tables(folder, [arm.name for arm in ARMS], () if options.tiny else ("README", "RESULTS")))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except PeftLightningError as error:
-        _CONSOLE.print(f"error: {error}")
-        sys.exit(error.exit_code)
+    run(main)

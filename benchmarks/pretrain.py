@@ -18,23 +18,21 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks.memory import process_bytes
 from benchmarks.pretrain_arms import ARMS, Setting, build_arm, settings, token_batch
 from benchmarks.pretrain_table import pretrain_table
+from benchmarks.script import CONSOLE, run
 from benchmarks.shared import ROOT, clean_environment, data_folder, file_digests
 from peft_lightning import MLMDataModule
 from peft_lightning.callbacks.throughput import peak_flops
 from peft_lightning.data.documents import open_corpus
-from peft_lightning.errors import PeftLightningError
 from peft_lightning.study.memory import peak_bytes, reset_peak
 from peft_lightning.study.records import RunRecord, write_record
 from peft_lightning.study.tables import write_generated
 
 __all__ = ["main"]
 
-_CONSOLE = Console(highlight=False, soft_wrap=True)
 _WARM = 3
 _CORPUS = "wikipedia_articles"
 
@@ -134,7 +132,7 @@ def _measure(tiny: bool, device: str, threads: int, environment: dict[str, Any])
         gc.collect()
         torch._dynamo.reset()
         series |= _memory(key, setting, tiny, threads, repeats)
-        _CONSOLE.print(f"{key}: {time.perf_counter() - started:.0f} s")
+        CONSOLE.print(f"{key}: {time.perf_counter() - started:.0f} s")
     if device == "cpu":
         series |= _time_texts(tiny, batches=5 if tiny else 200)
     return RunRecord(
@@ -187,12 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.tiny:
         section = "pretrain" if options.device == "cpu" else "pretrain-gpu"
         write_generated(ROOT / "benchmarks" / "RESULTS.md", section, text)
-    _CONSOLE.print(text)
+    CONSOLE.print(text)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except PeftLightningError as error:
-        _CONSOLE.print(f"error: {error}")
-        sys.exit(error.exit_code)
+    run(main)

@@ -11,26 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.runs import run_missing
+from benchmarks.script import CONSOLE, run
 from benchmarks.sctd_arms import ARMS, SUITES, Suite
 from benchmarks.sctd_runs import calibrate, pretrain, tuning_runs
 from benchmarks.sctd_table import draw, pretrain_table, read_arms, tuning_table
 from benchmarks.shared import ROOT, clean_environment
-from peft_lightning.errors import PeftLightningError, UsageError
+from peft_lightning.errors import UsageError
 from peft_lightning.study.records import RunRecord, read_record, write_record
 from peft_lightning.study.tables import write_generated
 
 __all__ = ["main", "report", "run_suite"]
 
-_CONSOLE = Console(highlight=False, soft_wrap=True)
 _RESULTS = ROOT / "benchmarks" / "results"
 _FOLDERS = {"cpu": _RESULTS / "sctd", "gpu": _RESULTS / "sctd_gpu"}
 _PLACES = {"cpu": "sctd", "gpu": "sctd-gpu"}
@@ -43,11 +40,11 @@ def run_suite(suite: Suite, folder: Path, models: Path, environment: dict[str, A
     path = folder / "calibration.json"
     calibration = _on_record(path, base)
     if calibration is None or calibration.environment["device"] != environment["device"]:
-        _CONSOLE.print("calibration: the arms take turns")
+        CONSOLE.print("calibration: the arms take turns")
         calibration = calibrate(suite, base, environment)
         write_record(path, calibration)
     steps = {arm: int(calibration.results[f"steps/{arm}"]) for arm in ARMS}
-    _CONSOLE.print(f"steps in {suite.recipe.budget:g} s: {steps}")
+    CONSOLE.print(f"steps in {suite.recipe.budget:g} s: {steps}")
     pretrained: dict[str, RunRecord] = {}
     for seed in suite.seeds:
         for arm in ARMS:
@@ -58,14 +55,14 @@ def run_suite(suite: Suite, folder: Path, models: Path, environment: dict[str, A
                 record = pretrain(suite, arm, seed, settings, calibration, environment, models / name)
                 write_record(path, record)
                 found = record.results
-                _CONSOLE.print(
+                CONSOLE.print(
                     f"pretrain-{name}: loss {found['loss']:.3f}, unigram entropy {found['unigram_entropy']:.3f}, "
                     f"{found['steps']:.0f} steps in {found['training_seconds']:.0f} s"
                 )
             else:
-                _CONSOLE.print(f"pretrain-{name}: on record")
+                CONSOLE.print(f"pretrain-{name}: on record")
             pretrained[name] = record
-    run_missing(tuning_runs(suite, models, pretrained), folder, environment, _CONSOLE)
+    run_missing(tuning_runs(suite, models, pretrained), folder, environment, CONSOLE)
 
 
 def _on_record(path: Path, settings: dict[str, Any]) -> RunRecord | None:
@@ -116,12 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if not options.report:
         run_suite(suite, folder, models, clean_environment(options.allow_dirty or options.tiny))
-    _CONSOLE.print(report(suite, folder, places=not options.tiny and options.out is None))
+    CONSOLE.print(report(suite, folder, places=not options.tiny and options.out is None))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except PeftLightningError as error:
-        _CONSOLE.print(f"error: {error}")
-        sys.exit(error.exit_code)
+    run(main)

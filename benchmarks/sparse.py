@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks.runs import run_missing
+from benchmarks.script import CONSOLE, run
 from benchmarks.shared import ROOT, clean_environment
 from benchmarks.sparse_arms import SUITES, Suite
 from benchmarks.sparse_table import FIGURES, read_task, sparse_table, tasks_table, write_figures
-from peft_lightning.errors import PeftLightningError, UsageError
+from peft_lightning.errors import UsageError
 from peft_lightning.study.tables import write_generated
 
 __all__ = ["main", "report"]
 
-_CONSOLE = Console(highlight=False, soft_wrap=True)
 _RESULTS = ROOT / "benchmarks" / "results"
 _FOLDERS = {"mrpc": _RESULTS / "sparse", "gpu": _RESULTS / "sparse_gpu"}
 
@@ -73,13 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.report:
         environment = clean_environment(options.allow_dirty or options.tiny)
         runs = suite.runs(tiny=options.tiny, device=options.device, encoder=options.encoder)
-        run_missing(runs, folder, environment, _CONSOLE)
-    _CONSOLE.print(report(suite, folder, places=not options.tiny and options.out is None))
+        run_missing(runs, folder, environment, CONSOLE)
+    CONSOLE.print(report(suite, folder, places=not options.tiny and options.out is None))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except PeftLightningError as error:
-        _CONSOLE.print(f"error: {error}")
-        sys.exit(error.exit_code)
+    run(main)

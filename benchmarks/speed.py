@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -18,23 +17,21 @@ from typing import Any
 
 import lightning as L
 import torch
-from rich.console import Console
 
 from benchmarks.memory import memory_bytes, memory_names
 from benchmarks.scoring import score_seconds
+from benchmarks.script import CONSOLE, run
 from benchmarks.shared import ROOT, backbone, clean_environment, data_folder
 from benchmarks.speed_arms import arms, batches, optimizer_of, sparse_module, step
 from benchmarks.speed_table import speed_table
 from benchmarks.startup import startup_seconds
 from peft_lightning import TaskDataModule
-from peft_lightning.errors import PeftLightningError
 from peft_lightning.study.records import RunRecord, write_record
 from peft_lightning.study.tables import write_generated
 from peft_lightning.task_module import TaskModule
 
 __all__ = ["main"]
 
-_CONSOLE = Console(highlight=False, soft_wrap=True)
 _WARM, _SCORED, _DUEL = 3, 10, 4
 
 
@@ -170,12 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = speed_table(record)
     if not options.tiny:
         write_generated(ROOT / "benchmarks" / "RESULTS.md", "speed", text)
-    _CONSOLE.print(text)
+    CONSOLE.print(text)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except PeftLightningError as error:
-        _CONSOLE.print(f"error: {error}")
-        sys.exit(error.exit_code)
+    run(main)

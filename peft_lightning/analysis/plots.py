@@ -75,17 +75,10 @@ def draw_curves(panels: Mapping[str, Mapping[str, Curve]], path: str | Path, *, 
     Raises:
         UsageError: if there is no panel.
     """
-    from matplotlib.figure import Figure
-
-    if not panels:
-        raise UsageError("panels is empty: a picture needs at least one")
-    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
-    figure = Figure(figsize=(4.8 * len(panels), 3.6), layout="constrained")
-    for axes, (name, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    figure, colours, parts = _panels(panels)
+    for axes, name, curves in parts:
         for label, curve in curves.items():
-            colour = _COLOURS[labels.index(label) % len(_COLOURS)]
-            axes.plot(curve.x, curve.mean, color=colour, label=label, linewidth=1.5)
-            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+            _draw_band(axes, curve, colours[label], label, style="-")
         axes.set_xlabel(across)
         axes.set_ylabel(name)
         axes.legend(fontsize=8)
@@ -115,19 +108,12 @@ def draw_layers(
     Raises:
         UsageError: if there is no panel.
     """
-    from matplotlib.figure import Figure
-
-    if not panels:
-        raise UsageError("panels is empty: a picture needs at least one")
-    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
-    figure = Figure(figsize=(4.8 * len(panels), 3.6), layout="constrained")
-    for axes, (name, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    figure, colours, parts = _panels(panels)
+    for axes, name, curves in parts:
         if shaded is not None:
             axes.axvspan(shaded[0] - 0.5, shaded[1] + 0.5, color=_GROUND, linewidth=0, zorder=0)
         for label, curve in curves.items():
-            colour = _COLOURS[labels.index(label) % len(_COLOURS)]
-            axes.plot(curve.x, curve.mean, "o-", color=colour, label=label, linewidth=1.5, markersize=3.5)
-            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+            _draw_band(axes, curve, colours[label], label, style="o-")
         if name in levels:
             axes.axhline(levels[name], color="#555555", linestyle="--", linewidth=1, label="majority class")
         axes.set_xlim(-0.5, max(max(curve.x) for curve in curves.values()) + 0.5)
@@ -177,6 +163,27 @@ def draw_sweep(
     axes.legend(fontsize=8)
     axes.set_title(title, fontsize=9)
     _save(figure, path)
+
+
+def _panels(
+    panels: Mapping[str, Mapping[str, Curve]],
+) -> tuple[Any, dict[str, str], list[tuple[Any, str, Mapping[str, Curve]]]]:
+    """A figure, the colour of each label, and per panel its axes, name and curves."""
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise UsageError("panels is empty: a picture needs at least one")
+    labels = dict.fromkeys(label for curves in panels.values() for label in curves)
+    colours = {label: _COLOURS[number % len(_COLOURS)] for number, label in enumerate(labels)}
+    figure = Figure(figsize=(4.8 * len(panels), 3.6), layout="constrained")
+    places = figure.subplots(1, len(panels), squeeze=False)[0]
+    return figure, colours, [(axes, *panel) for axes, panel in zip(places, panels.items(), strict=True)]
+
+
+def _draw_band(axes: Any, curve: Curve, colour: str, label: str, *, style: str) -> None:
+    """A line, with marks if the style has them, and its band."""
+    axes.plot(curve.x, curve.mean, style, color=colour, label=label, linewidth=1.5, markersize=3.5)
+    axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
 
 
 def _save(figure: Any, path: str | Path) -> None:

@@ -278,10 +278,7 @@ class SparseAdapterModule(TaskModule):
             yield self.trainer.strategy.batch_to_device(batch, self.device)
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        if self._trainer is None:
-            return value
-        summed: Tensor = self.trainer.strategy.reduce(value, reduce_op="sum")
-        return summed
+        return value if self._trainer is None else self.summed(value)
 
     def _warm_up(self, batches: Sequence[Any]) -> None:
         """Some steps of Adam at a constant rate, without dropout, on all that trains."""
