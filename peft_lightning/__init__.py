@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from peft_lightning.exchange import export_adapter, import_adapter
     from peft_lightning.layers.adapters import AdapterConfig
     from peft_lightning.layers.drop_config import DropConfig
+    from peft_lightning.layers.prune_config import ImportanceConfig, RankConfig, StructureConfig
     from peft_lightning.loading import load
     from peft_lightning.methods.fine_tune import FineTuneModule
+    from peft_lightning.methods.prune_lora import PruneLoRAModule
     from peft_lightning.methods.sctd import SCTDPretrainModule
     from peft_lightning.methods.sparse_adapter import PruneConfig, SparseAdapterModule
     from peft_lightning.settings import OptimConfig
@@ -30,12 +32,16 @@ __all__ = [
     "BackboneConfig",
     "DropConfig",
     "FineTuneModule",
+    "ImportanceConfig",
     "MLMDataModule",
     "OptimConfig",
     "PruneConfig",
+    "PruneLoRAModule",
+    "RankConfig",
     "RunCheckpoint",
     "SCTDPretrainModule",
     "SparseAdapterModule",
+    "StructureConfig",
     "Task",
     "TaskDataModule",
     "export_adapter",
@@ -48,12 +54,16 @@ _HOME = {
     "BackboneConfig": "backbones.build",
     "DropConfig": "layers.drop_config",
     "FineTuneModule": "methods",
+    "ImportanceConfig": "layers.prune_config",
     "MLMDataModule": "data.corpus",
     "OptimConfig": "settings",
     "PruneConfig": "methods.sparse_adapter",
+    "PruneLoRAModule": "methods",
+    "RankConfig": "layers.prune_config",
     "RunCheckpoint": "callbacks.checkpoint",
     "SCTDPretrainModule": "methods",
     "SparseAdapterModule": "methods",
+    "StructureConfig": "layers.prune_config",
     "Task": "tasks.table",
     "TaskDataModule": "data.supervised",
     "export_adapter": "exchange",

@@ -6,13 +6,13 @@ frozen; their parameters and persistent buffers (masks) are what a checkpoint ho
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,17 +20,13 @@ from peft_lightning.errors import PeftLightningError, UsageError
 from peft_lightning.files.manifest import FORMAT, MANIFEST_KEY
 from peft_lightning.files.strict import check_fingerprint, check_settings, check_tensors
 from peft_lightning.optimizer import adamw
+from peft_lightning.seeding import seeded_on_cpu, step_seed
 from peft_lightning.settings import OptimConfig, as_config
 
-__all__ = ["MethodModule", "step_seed"]
+__all__ = ["MethodModule"]
 
 _MOST_SKIPPED = 10
 _REMEDY = "lower optim.lr, raise optim.warmup or clip gradients (trainer.gradient_clip_val)"
-
-
-def step_seed(*parts: int) -> int:
-    """A 63-bit seed from integers, such as (seed, epoch, batch, rank)."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class MethodModule(L.LightningModule, ABC):
@@ -92,23 +88,19 @@ class MethodModule(L.LightningModule, ABC):
         """Build the model once and freeze all that is not declared."""
         if self._built:
             return
-        # On the CPU and in float32 whatever the Trainer prefers: random numbers, and so initial values, differ between
-        # devices and dtypes, and a file must fit everywhere.
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        try:
-            with torch.random.fork_rng(), torch.device("cpu"):
-                torch.manual_seed(self.seed)
-                self.build()
-        finally:
-            torch.set_default_dtype(default)
+        with seeded_on_cpu(self.seed):
+            self.build()
+        self.freeze()
+        self._built = True
+
+    def freeze(self) -> None:
+        """Let what is declared train, and nothing else."""
         self.requires_grad_(False)
         for module in self.declared():
             module.requires_grad_(True)
         # Frozen backbones carry constant buffers and our masks agree by construction: DDP need not broadcast any,
         # and must not while validation shards have uneven lengths.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
-        self._built = True
 
     def identify(self, fingerprint: dict[str, Any]) -> None:
         """Say what the backbone is, before anything is attached to it.
@@ -199,7 +191,7 @@ class MethodModule(L.LightningModule, ABC):
         due, skips = bool(every) and step % every == 0, self.optim.non_finite == "skip"
         if due or skips or self.device.type == "cpu":  # elsewhere looking at a number makes the device wait
             loss = float(self.trainer.strategy.reduce(totals.sum() / weights.sum(), reduce_op="mean"))
-            if not np.isfinite(loss):
+            if not math.isfinite(loss):
                 self._refuse_step(loss, step, optimizer)
                 return
             self._skipped_in_a_row = 0

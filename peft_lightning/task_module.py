@@ -126,6 +126,10 @@ class TaskModule(MethodModule):
             "kept_share": 1.0,
         }
 
+    def lines(self) -> dict[str, str]:
+        """What a report shows of the method's own decisions, row by row; nothing by default."""
+        return {}
+
     def on_fit_start(self) -> None:
         """Check that the data's tokens are words of the backbone, and no more than it has positions for.
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from peft_lightning import FineTuneModule, OptimConfig
 from peft_lightning.errors import CheckpointError, PeftLightningError, UsageError
-from peft_lightning.module import step_seed
+from peft_lightning.seeding import step_seed
 from peft_lightning.settings import as_config
 from tests.toy import build, data, tiny, trainer
 

@@ -159,7 +159,7 @@ def _finite(value: Any) -> Any:
 def _table(report: dict[str, Any], module: MethodModule) -> Table:
     table = Table(show_header=False, title=f"{report['method']} on {report.get('task', 'text')}")
     if isinstance(module, TaskModule):
-        _task_rows(table, report, module.task.metrics)
+        _task_rows(table, report, module)
         shown = module.task.metrics[0]
     else:
         _text_rows(table, report)
@@ -203,24 +203,16 @@ def _text_rows(table: Table, report: dict[str, Any]) -> None:
         table.add_row("steps with a teacher", f"{speed['teacher_share']:.1%}")
 
 
-def _task_rows(table: Table, report: dict[str, Any], metrics: tuple[str, ...]) -> None:
-    """Parameters by part, what was kept, and metrics beside the best constant answer's."""
+def _task_rows(table: Table, report: dict[str, Any], module: TaskModule) -> None:
+    """Parameters by part, what the method decided, and metrics beside the best constant answer's."""
     table.add_row(
         "trained parameters",
         f"{report['trained_parameters']:,}, of them {report['head_parameters']:,} in the head",
     )
     table.add_row("frozen parameters", f"{report['backbone_parameters']:,}")
-    if "adapters" in report:
-        table.add_row("adapters", f"{report['adapters']['kind']}, {len(report['adapters']['sites'])} places")
-    if report["kept_share"] < 1:
-        table.add_row(
-            "kept share",
-            f"{report['kept_share']:.4f} ({report['kept_weights']:,} of {report['prunable_weights']:,})",
-        )
-    else:
-        every = f", {report['prunable_weights']:,} weights" if "prunable_weights" in report else ""
-        table.add_row("kept share", f"1 (dense{every})")
-    for metric in metrics:
+    for name, text in module.lines().items():
+        table.add_row(name, text)
+    for metric in module.task.metrics:
         if metric in report["scores"]:
             beside = report["majority"].get(metric)
             name = (

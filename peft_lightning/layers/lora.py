@@ -42,6 +42,7 @@ class LoRA(Masked):
     ) -> None:
         super().__init__()
         self.scaling = scaling
+        self.merged = False
         self.lora_A = nn.Parameter(torch.empty(rank, in_features))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank))
         nn.init.normal_(self.lora_A, std=init_std)
@@ -51,8 +52,25 @@ class LoRA(Masked):
         """Both matrices."""
         return ("lora_A", "lora_B")
 
+    @torch.no_grad()
+    def merge(self, linear: nn.Linear) -> None:
+        """Fold the update into the linear layer's weight, W + c B A, in place; a second time nothing happens.
+
+        The sum is taken in fp64 and rounded once, to the weight's dtype.
+
+        Args:
+            linear: the layer that this one is hooked on.
+        """
+        if self.merged:
+            return
+        a, b = (self.effective(name).double() for name in ("lora_A", "lora_B"))
+        linear.weight.copy_(linear.weight.double() + self.scaling * b @ a)
+        self.merged = True
+
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of the linear layer: one product, one product that also scales and adds."""
+        if self.merged:
+            return output
         input_NI = args[0].flatten(0, -2)
         inner_NR = F.linear(input_NI, self.effective("lora_A").to(input_NI.dtype))
         up_RO = self.effective("lora_B").to(input_NI.dtype).t()

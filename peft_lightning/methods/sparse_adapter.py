@@ -19,10 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peft_lightning.backbones.build import BackboneConfig
@@ -34,6 +33,7 @@ from peft_lightning.functional.sparsify import erdos_renyi_counts, kept_count, t
 from peft_lightning.layers.adapters import AdapterConfig, attach_adapters
 from peft_lightning.layers.masked import MaskedParameter, prunable
 from peft_lightning.layers.still import held_still
+from peft_lightning.scoring import first_batches, over_ranks, warm_up
 from peft_lightning.settings import OptimConfig, as_config
 from peft_lightning.task_module import TaskModule
 from peft_lightning.tasks.table import Task
@@ -204,6 +204,13 @@ class SparseAdapterModule(TaskModule):
             "adapters": {"kind": self.adapter.kind, "sites": list(self.adapters)},
         }
 
+    def lines(self) -> dict[str, str]:
+        """The adapters, and what is left of their weights."""
+        facts = self.summary()
+        kept, total = facts["kept_weights"], facts["prunable_weights"]
+        share = f"{kept / total:.4f} ({kept:,} of {total:,})" if kept < total else f"1 (dense, {total:,} weights)"
+        return {"adapters": f"{self.adapter.kind}, {len(self.adapters)} places", "kept share": share}
+
     # -- pruning at initialisation ---------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
@@ -214,7 +221,7 @@ class SparseAdapterModule(TaskModule):
         warm = self.prune.score_init == "warmup" and self.prune.score == "magnitude"
         needs_data = warm or self.prune.score in ("snip", "grasp")
         with torch.random.fork_rng():  # a user's own loader may shuffle by the global state
-            self.install_masks(self._scoring_batches() if needs_data else ())
+            self.install_masks(first_batches(self, self.prune.score_batches) if needs_data else ())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint of a run holds masks; one that was written before the run has everything kept."""
@@ -262,34 +269,12 @@ class SparseAdapterModule(TaskModule):
         if self.prune.score_init == "surrogate":
             fill_zeros_(weights, self.adapter.init_std, self.seed)
         elif self.prune.score_init == "warmup":
-            self._warm_up(batches)
+            option = "prune.score_init = 'warmup'"
+            warm_up(self, self.trainable_parameters(), batches, self.prune.warmup_steps, option)
         if self.prune.score == "magnitude":
             return {name: magnitude(weight) for name, weight in weights.items()}
         if self.prune.score == "snip":
-            gradients = mean_gradients(self.batch_loss, weights, batches, self._sum_over_ranks)
+            gradients = mean_gradients(self.batch_loss, weights, batches, partial(over_ranks, self))
             return {name: snip(weights[name], gradients[name]) for name in weights}
-        products = hessian_gradient(self.batch_loss, weights, batches, self._sum_over_ranks)
+        products = hessian_gradient(self.batch_loss, weights, batches, partial(over_ranks, self))
         return {name: grasp(weights[name], products[name]) for name in weights}
-
-    def _scoring_batches(self) -> Iterator[Mapping[str, Any]]:
-        """The first batches of a fresh pass over the training data, on the module's device."""
-        loader = self.trainer.fit_loop._data_source.dataloader()
-        for batch in islice(loader, self.prune.score_batches):
-            yield self.trainer.strategy.batch_to_device(batch, self.device)
-
-    def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        return value if self._trainer is None else self.summed(value)
-
-    def _warm_up(self, batches: Sequence[Any]) -> None:
-        """Some steps of Adam at a constant rate, without dropout, on all that trains."""
-        if not batches:
-            raise UsageError("prune.score_init = 'warmup': there is no training batch to take steps on")
-        parameters = self.trainable_parameters()
-        optimizer = torch.optim.Adam(parameters.values(), lr=self.optim.lr, betas=self.optim.betas, eps=self.optim.eps)
-        for step in range(self.prune.warmup_steps):
-            batch = [batches[step % len(batches)]]
-            gradients = mean_gradients(self.batch_loss, parameters, batch, self._sum_over_ranks)
-            for name, parameter in parameters.items():
-                parameter.grad = gradients[name]
-            optimizer.step()
-        optimizer.zero_grad()

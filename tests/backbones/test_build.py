@@ -126,7 +126,7 @@ def test_families() -> None:
     assert {pooling(AutoConfig.for_model(kind)) for kind in ("gpt2", "mistral", "opt", "gemma", "t5")} == {"last"}
     assert {pooling(AutoConfig.for_model(kind)) for kind in ("distilbert", "albert", "modernbert")} == {"first"}
     assert pooling(AutoConfig.for_model("bert", is_decoder=True)) == "last"
-    with pytest.raises(UsageError, match="'gpt2': adapters know where to attach in bert, roberta"):
+    with pytest.raises(UsageError, match="'gpt2': adapters and pruning know their way in bert, roberta"):
         family_of("gpt2")
 
 

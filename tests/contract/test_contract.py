@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor
@@ -29,6 +30,15 @@ def state(module: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
+class Start(L.Callback):
+    """Keeps what a fit begins with, after the method has decided."""
+
+    state: dict[str, Tensor]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.state = state(pl_module)
+
+
 def losses(folder: Path) -> list[str]:
     return [row["train/loss"] for row in MetricsCSV(folder).read() if "train/loss" in row]
 
@@ -43,10 +53,10 @@ def batch_of(method: type[MethodModule], rows: int = 8) -> Any:
 @EVERY
 def test_only_declared_parameters_change(method: type[MethodModule]) -> None:
     module = build(method)
-    module.configure_model()
-    before = state(module)
+    start = Start()
+    trainer(max_steps=3, callbacks=[start]).fit(module, datamodule=data(method=method))
+    before = start.state
     declared = {id(p) for part in module.declared() for p in part.parameters()}
-    trainer(max_steps=3).fit(module, datamodule=data(method=method))
     changed = 0
     for name, parameter in module.named_parameters():
         if id(parameter) in declared:

@@ -144,7 +144,7 @@ def test_what_is_refused_says_why(family: str, kind: str) -> None:
 
 def test_an_unknown_architecture_is_refused() -> None:
     gpt = AutoModel.from_config(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=40))
-    with pytest.raises(UsageError, match="type 'gpt2': adapters know where to attach in bert, roberta"):
+    with pytest.raises(UsageError, match="type 'gpt2': adapters and pruning know their way in bert, roberta"):
         attach_adapters(gpt, AdapterConfig())
 
 

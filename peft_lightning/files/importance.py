@@ -1,0 +1,106 @@
+"""A measured importance as plain values: in a file of its own (``importance.json``), and in a checkpoint's manifest."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_lightning.atomic import atomic_write
+from peft_lightning.errors import CheckpointError
+from peft_lightning.files.strict import check_fingerprint
+from peft_lightning.layers.importance import Importance
+
+__all__ = ["importance_of", "plain_importance", "read_importance", "write_importance"]
+
+_FORMAT = 1
+
+
+def plain_importance(importance: Importance) -> dict[str, Any]:
+    """Numbers and lists; fp64 values survive JSON exactly."""
+    return {
+        "heads": {path: tensor.tolist() for path, tensor in importance.heads.items()},
+        "neurons": {path: tensor.tolist() for path, tensor in importance.neurons.items()},
+        "blocks": dict(importance.blocks),
+        "examples": importance.examples,
+        "tokens": importance.tokens,
+    }
+
+
+def importance_of(values: Any, what: str) -> Importance:
+    """What :func:`plain_importance` was given.
+
+    Raises:
+        CheckpointError: if it is malformed; ``what`` is the file's name.
+    """
+    names = {field.name for field in fields(Importance)}
+    if not isinstance(values, dict) or not names <= values.keys():
+        raise CheckpointError(f"{what}: damaged (an importance has {', '.join(sorted(names))})")
+    for name in ("examples", "tokens"):
+        if type(values[name]) is not int or values[name] < 1:
+            raise CheckpointError(f"{what}: damaged ({name} must be a whole number of at least 1)")
+    blocks = values["blocks"]
+    if not isinstance(blocks, dict) or not all(_is_score(value) for value in blocks.values()):
+        raise CheckpointError(f"{what}: damaged (its blocks must be numbers of at least 0)")
+    return Importance(
+        heads=_tensors(values["heads"], f"{what}: damaged (its heads"),
+        neurons=_tensors(values["neurons"], f"{what}: damaged (its neurons"),
+        blocks={str(path): float(value) for path, value in blocks.items()},
+        examples=values["examples"],
+        tokens=values["tokens"],
+    )
+
+
+def write_importance(
+    path: str | Path, importance: Importance, backbone: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Write a file that :func:`read_importance` reads.
+
+    Args:
+        path: the JSON to write.
+        importance: what was measured.
+        backbone: fingerprint of the backbone.
+        settings: how it was measured, for people to read; plain values.
+    """
+    content = {"format": _FORMAT, "backbone": dict(backbone), **settings, **plain_importance(importance)}
+    atomic_write(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def read_importance(path: str | Path, backbone: Mapping[str, Any]) -> Importance:
+    """Read an importance, for the backbone that it was measured on.
+
+    Args:
+        path: a file of :func:`write_importance`.
+        backbone: fingerprint of the backbone at hand.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or belongs to another backbone; says which.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"importance.file = {path}: cannot be read ({error})") from None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise CheckpointError(f"importance.file = {path}: is no importance of format {_FORMAT}")
+    recorded = content.get("backbone")
+    if not isinstance(recorded, dict):
+        raise CheckpointError(f"importance.file = {path}: damaged (it does not say which backbone it belongs to)")
+    check_fingerprint(recorded, backbone, f"importance.file = {path}")
+    return importance_of(content, str(path))
+
+
+def _is_score(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def _tensors(values: Any, what: str) -> dict[str, Tensor]:
+    lists = isinstance(values, dict) and all(isinstance(entry, list) for entry in values.values())
+    if not lists or not all(_is_score(value) for entry in values.values() for value in entry):
+        raise CheckpointError(f"{what} must be lists of numbers of at least 0)")
+    return {str(path): torch.tensor(entry, dtype=torch.float64) for path, entry in values.items()}

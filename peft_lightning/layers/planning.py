@@ -1,0 +1,158 @@
+"""From importance to decisions: which heads and neurons go, and which rank each block gets (Prune-LoRA, 3.2 and 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_lightning.errors import UsageError
+from peft_lightning.functional.heads import normalise
+from peft_lightning.functional.saliency import random_scores
+from peft_lightning.functional.structure import count_of, drop_lowest, drop_to_budget, share_ranks, top_ranks
+from peft_lightning.layers.importance import Importance
+from peft_lightning.layers.plan import PrunePlan
+from peft_lightning.layers.prune_config import ImportanceConfig, RankConfig, StructureConfig
+from peft_lightning.layers.pruned_heads import AttentionSite, attention_sites, feed_forward_sites
+from peft_lightning.layers.unit_costs import unit_costs
+
+__all__ = ["block_scores", "decide_plan", "needs_importance"]
+
+
+def needs_importance(prune: StructureConfig, lora: RankConfig) -> bool:
+    """Whether any decision follows the importance."""
+    return lora.varied or (prune.order == "importance" and (prune.takes_heads or prune.takes_neurons))
+
+
+def decide_plan(
+    backbone: nn.Module,
+    importance: Importance | None,
+    *,
+    settings: ImportanceConfig,
+    prune: StructureConfig,
+    lora: RankConfig,
+    seed: int,
+) -> PrunePlan:
+    """What goes and which ranks are given.
+
+    Args:
+        backbone: a bare model of transformers, nothing removed yet; it is only looked at.
+        importance: of its heads, and of what else the settings need; None where nothing follows it.
+        settings: how importance is normalised, and what a block's is.
+        prune: what goes.
+        lora: which ranks there are.
+        seed: of random orders.
+
+    Raises:
+        UsageError: if the importance is another backbone's, or what is asked for cannot be.
+        DegenerateScoreError: if the importance ranks nothing.
+    """
+    sites, blocks = attention_sites(backbone), feed_forward_sites(backbone)
+    heads = {path: site.units for path, site in sites.items()}
+    neurons = {path: site.units for path, site in blocks.items()} if prune.takes_neurons else {}
+    if importance is not None:
+        _check_units(importance.heads, heads, "heads")
+        if neurons and prune.order == "importance":
+            _check_units(importance.neurons, neurons, "neurons")
+    if prune.order == "random" or importance is None:
+        raw = random_scores({path: torch.empty(units) for path, units in (heads | neurons).items()}, seed)
+    else:
+        raw = {**importance.heads, **{path: importance.neurons[path] for path in neurons}}
+    if prune.target is None:
+        kept = _by_count(raw, heads, neurons, prune, settings.norm)
+    else:
+        kept = _by_target(backbone, raw, heads, neurons, prune)
+    return PrunePlan(
+        heads={path: tuple(kept[path]) for path in heads},
+        neurons={path: tuple(kept[path]) for path in neurons},
+        ranks=_ranks(importance, sites, list(blocks), settings, lora),
+        units=heads,
+        inner=neurons,
+    )
+
+
+def block_scores(
+    importance: Importance, sites: Mapping[str, AttentionSite], settings: ImportanceConfig
+) -> dict[str, float]:
+    """A block's importance, by the path of its layer.
+
+    Raises:
+        UsageError: if the blocks' own gates are asked for and were not measured.
+        DegenerateScoreError: if the heads' importance ranks nothing.
+    """
+    blocks = dict.fromkeys(site.block for site in sites.values())
+    if settings.blocks == "gate":
+        _check_units(
+            {path: torch.empty(1) for path in importance.blocks}, dict.fromkeys(blocks, 1), "blocks measured by a gate"
+        )
+        return {path: importance.blocks[path] for path in blocks}
+    final = settings.blocks == "normalised"
+    heads = normalise(importance.heads, settings.norm) if final else importance.heads
+    parts = {block: torch.cat([heads[path] for path in heads if sites[path].block == block]) for block in blocks}
+    return {block: float(part.mean() if final else part.sum()) for block, part in parts.items()}
+
+
+def _by_count(
+    raw: Mapping[str, Tensor], heads: Mapping[str, int], neurons: Mapping[str, int], prune: StructureConfig, norm: str
+) -> dict[str, list[int]]:
+    kept: dict[str, list[int]] = {}
+    for what, units, wanted, least in (
+        ("heads_to_prune", heads, prune.heads, prune.min_heads_per_layer),
+        ("ffn_to_prune", neurons, prune.neurons, prune.min_neurons_per_layer),
+    ):
+        drop = count_of(wanted, sum(units.values()), f"prune.{what}")
+        scores: Mapping[str, Tensor] = {path: raw[path] for path in units}
+        if drop and prune.order == "importance":
+            scores = normalise(scores, norm)
+        kept |= drop_lowest(scores, drop, least, f"prune.{what}")
+    return kept
+
+
+def _by_target(
+    backbone: nn.Module,
+    raw: Mapping[str, Tensor],
+    heads: Mapping[str, int],
+    neurons: Mapping[str, int],
+    prune: StructureConfig,
+) -> dict[str, list[int]]:
+    ((measure, share),) = (prune.target or {}).items()
+    head_costs, neuron_costs, total = unit_costs(backbone, measure, prune.target_tokens)
+    costs = head_costs | {path: neuron_costs[path] for path in neurons}
+    if prune.order == "random":  # a draw is worth what it costs, so that costs do not decide whose turn it is
+        raw = {path: scores * costs[path] for path, scores in raw.items()}
+    least = dict.fromkeys(heads, prune.min_heads_per_layer) if prune.takes_heads else dict(heads)
+    least |= dict.fromkeys(neurons, prune.min_neurons_per_layer)
+    return drop_to_budget(raw, costs, least, int(share * total), total, f"prune.target = {prune.target}")
+
+
+def _ranks(
+    importance: Importance | None,
+    sites: Mapping[str, AttentionSite],
+    blocks: list[str],
+    settings: ImportanceConfig,
+    lora: RankConfig,
+) -> dict[str, int]:
+    if not lora.varied:
+        return dict.fromkeys(blocks, lora.rank)
+    assert importance is not None
+    scores = block_scores(importance, sites, settings)
+    ranks = top_ranks(scores, lora.rank, lora.high_rank, lora.high_blocks)
+    if lora.scheme == "top":
+        return ranks
+    return share_ranks(scores, sum(ranks.values()) if lora.budget is None else lora.budget)
+
+
+def _check_units(given: Mapping[str, Tensor], here: Mapping[str, int], what: str) -> None:
+    sizes: dict[str, Any] = {path: len(scores) for path, scores in given.items()}
+    if not sizes:
+        raise UsageError(f"importance: has no {what}; measure again with these")
+    if sizes != dict(here):
+        wrong = [
+            f"{path} {sizes.get(path, 0)} here {here.get(path, 0)}"
+            for path in {**sizes, **here}
+            if sizes.get(path) != here.get(path)
+        ]
+        more = ", ..." if len(wrong) > 4 else ""
+        raise UsageError(f"importance: is of another backbone ({what}: {'; '.join(wrong[:4])}{more})")

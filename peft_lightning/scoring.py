@@ -1,0 +1,62 @@
+"""What methods share that decide something from a few batches before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_lightning.errors import UsageError
+from peft_lightning.functional.gradients import mean_gradients
+from peft_lightning.task_module import TaskModule
+
+__all__ = ["first_batches", "over_ranks", "warm_up"]
+
+
+def first_batches(module: TaskModule, count: int) -> Iterator[Mapping[str, Any]]:
+    """The first batches of a fresh pass over the training data of this rank, on its device.
+
+    Args:
+        module: attached to a trainer that fits it.
+        count: how many, if there are as many.
+    """
+    strategy = module.trainer.strategy
+    loader = module.trainer.fit_loop._data_source.dataloader()
+    for batch in islice(loader, count):
+        yield strategy.batch_to_device(batch, strategy.root_device)
+
+
+def over_ranks(module: TaskModule, value: Tensor) -> Tensor:
+    """A tensor summed over all ranks, in place; as it is where no trainer is attached."""
+    return value if module._trainer is None else module.summed(value)
+
+
+def warm_up(
+    module: TaskModule, parameters: Mapping[str, nn.Parameter], batches: Sequence[Any], steps: int, option: str
+) -> None:
+    """Some steps of Adam at a constant rate, without dropout; call it with the module held still.
+
+    Args:
+        module: gives the loss and the optimiser's settings.
+        parameters: what the steps change.
+        batches: gone through again and again.
+        steps: how many.
+        option: what asked for them, for the message.
+
+    Raises:
+        UsageError: if there is no batch.
+    """
+    if not batches:
+        raise UsageError(f"{option}: there is no training batch to take steps on")
+    optim = module.optim
+    optimizer = torch.optim.Adam(parameters.values(), lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    for step in range(steps):
+        batch = [batches[step % len(batches)]]
+        gradients = mean_gradients(module.batch_loss, parameters, batch, lambda value: over_ranks(module, value))
+        for name, parameter in parameters.items():
+            parameter.grad = gradients[name]
+        optimizer.step()
+    optimizer.zero_grad()
