@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_lightning.atomic import atomic_write
+from peft_lightning.analysis.png import save_png
 from peft_lightning.errors import UsageError
 
 __all__ = ["Curve", "draw_curves", "draw_layers", "draw_shares", "draw_sweep"]
@@ -60,7 +59,7 @@ def draw_shares(shares: Mapping[str, float], path: str | Path) -> None:
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of weights kept")
     axes.set_title("what the adapters kept, matrix by matrix", fontsize=9)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def draw_curves(panels: Mapping[str, Mapping[str, Curve]], path: str | Path, *, across: str, title: str) -> None:
@@ -83,7 +82,7 @@ def draw_curves(panels: Mapping[str, Mapping[str, Curve]], path: str | Path, *, 
         axes.set_ylabel(name)
         axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def draw_layers(
@@ -123,7 +122,7 @@ def draw_layers(
         axes.set_title(name, fontsize=9)
         axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def draw_sweep(
@@ -162,7 +161,7 @@ def draw_sweep(
     axes.set_ylabel(up)
     axes.legend(fontsize=8)
     axes.set_title(title, fontsize=9)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def _panels(
@@ -184,9 +183,3 @@ def _draw_band(axes: Any, curve: Curve, colour: str, label: str, *, style: str) 
     """A line, with marks if the style has them, and its band."""
     axes.plot(curve.x, curve.mean, style, color=colour, label=label, linewidth=1.5, markersize=3.5)
     axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    atomic_write(path, lambda file: file.write(picture.getvalue()))
