@@ -17,6 +17,7 @@ COMMANDS = {
     "export": "write an adapter for AdapterHub's library or PEFT, or a pretrained model",
     "import": "read an adapter that AdapterHub's library or PEFT wrote",
     "probe": "measure what each layer of a backbone knows of a sentence",
+    "importance": "measure how much each head of a backbone matters to a task",
 }
 _TOOLS = ("export", "import")
 
@@ -50,6 +51,10 @@ def main(arguments: list[str] | None = None) -> None:
             from peft_lightning.cli.probe import run_probe
 
             run_probe(words)
+        elif words[0] == "importance":
+            from peft_lightning.cli.importance import run_importance
+
+            run_importance(words)
         else:
             from peft_lightning.cli.trainer import run
 
@@ -108,7 +113,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def _usage() -> str:
-    lines = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+    lines = "\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items())
     return (
         "usage: peft-lightning COMMAND [--config FILE ...] [--any.option VALUE ...] [--debug]\n\n"
         f"commands:\n{lines}\n\n"

@@ -177,11 +177,19 @@ class TrainerCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Draw what the method decided, where a person would rather look than read."""
-        shares = self.model.summary().get("kept_share_by_matrix")
-        if shares and self.trainer.is_global_zero and not self.options.trainer.fast_dev_run:
+        if not self.trainer.is_global_zero or self.options.trainer.fast_dev_run:
+            return
+        summary, folder = self.model.summary(), Path(self.options.run_dir)
+        if shares := summary.get("kept_share_by_matrix"):
             from peft_lightning.analysis.plots import draw_shares
 
-            draw_shares(shares, Path(self.options.run_dir) / "kept_share.png")
+            draw_shares(shares, folder / "kept_share.png")
+        if heads := summary.get("importance"):
+            from peft_lightning.analysis.heatmap import draw_heads
+
+            kept, task = summary["heads_kept"], summary["task"]
+            gone = {path: sorted(set(range(len(scores))) - set(kept[path])) for path, scores in heads.items()}
+            draw_heads({task: heads}, folder / "heads.png", title="importance; crosses: removed", gone={task: gone})
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
