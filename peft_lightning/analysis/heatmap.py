@@ -44,7 +44,7 @@ def draw_heads(
     _check_gone(panels, gone or {})
     tallest = max(len(rows) for rows in panels.values())
     widest = max(len(heads) for rows in panels.values() for heads in rows.values())
-    size = (1.6 + len(panels) * (1.4 + 0.2 * widest), 1.5 + 0.2 * tallest)
+    size = (1.6 + len(panels) * (1.2 + 0.2 * widest), 1.5 + 0.2 * tallest)
     figure = Figure(figsize=size, layout="constrained")
     places = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (label, rows) in zip(places, panels.items(), strict=True):

@@ -10,7 +10,7 @@ from PIL import Image
 from peft_lightning.analysis.heatmap import draw_heads, short_labels
 from peft_lightning.errors import UsageError
 
-MOST, LEAST, CROSS = (253, 231, 37), (68, 1, 84), (0xEE, 0x66, 0x77)
+MOST, LEAST, CROSS = (253, 231, 36), (68, 1, 84), (0xEE, 0x66, 0x77)
 BERT = [f"encoder.layer.{i}.attention.self" for i in range(12)]
 
 
