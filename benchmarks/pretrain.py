@@ -24,6 +24,7 @@ from benchmarks.pretrain_arms import ARMS, Setting, build_arm, settings, token_b
 from benchmarks.pretrain_table import pretrain_table
 from benchmarks.script import CONSOLE, run
 from benchmarks.shared import ROOT, clean_environment, data_folder, file_digests
+from benchmarks.turns import take_turns
 from peft_lightning import MLMDataModule
 from peft_lightning.callbacks.throughput import peak_flops
 from peft_lightning.data.documents import open_corpus
@@ -33,7 +34,6 @@ from peft_lightning.study.tables import write_generated
 
 __all__ = ["main"]
 
-_WARM = 3
 _CORPUS = "wikipedia_articles"
 
 
@@ -41,26 +41,7 @@ def _time_steps(setting: Setting, turns: int) -> dict[str, list[float]]:
     """Seconds of ``turns`` steps of each arm, taken in turn after a few that are not counted (and may compile)."""
     batch = token_batch(setting)
     steps = {name: build_arm(name, setting, batch) for name in ARMS}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for turn in range(_WARM + turns):
-        # Who goes first changes from turn to turn: what an arm leaves in the caches is then no arm's advantage.
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            passed = _seconds(steps[name], setting.device)
-            if turn >= _WARM:
-                seconds[name].append(passed)
-    return seconds
-
-
-def _seconds(step: Any, device: str) -> float:
-    """Seconds of one step; a GPU is waited for before and after."""
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    started = time.perf_counter()
-    step()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
+    return take_turns(steps, turns, device=setting.device)
 
 
 def _memory_here(name: str, setting: Setting) -> int:

@@ -14,6 +14,7 @@ from statistics import fmean, median
 from typing import Any
 
 import lightning as L
+from datasets import Dataset
 from rich.console import Console
 
 from benchmarks.shared import data_folder, file_digests
@@ -36,6 +37,7 @@ class Trial:
         max_length: tokens of a row at most.
         checks: validations in an epoch.
         steps: batches of an epoch at most, or None for all.
+        sample: rows to train on, the same in every run, or None for all.
         device: cpu or cuda.
         precision: the Trainer's.
     """
@@ -45,6 +47,7 @@ class Trial:
     max_length: int = 128
     checks: int = 1
     steps: int | None = None
+    sample: int | None = None
     device: str = "cpu"
     precision: str = "32-true"
 
@@ -145,9 +148,11 @@ def _record(run: Run, environment: dict[str, Any]) -> RunRecord:
     """Train and return the record."""
     module = run.build()
     root = None if run.toy else data_folder()
+    rows = None if root is None or run.trial.sample is None else _sample(root / module.task.folder, run.trial.sample)
     data = TaskDataModule(
         task=module.task,
         root=None if root is None else str(root),
+        rows=rows,
         batch_size=run.trial.batch_size,
         max_length=run.trial.max_length,
         seed=run.seed,
@@ -183,6 +188,12 @@ def _record(run: Run, environment: dict[str, Any]) -> RunRecord:
         memory_bytes=peak_bytes(),
         seconds=seconds,
     )
+
+
+def _sample(folder: Path, size: int) -> dict[str, Dataset]:
+    """All rows to validate, and so many to train, drawn once for all runs."""
+    train, validation = (Dataset.from_parquet(str(folder / f"{split}.parquet")) for split in ("train", "validation"))
+    return {"train": train.shuffle(seed=0).select(range(size)), "validation": validation}
 
 
 def _fit(module: TaskModule, data: TaskDataModule, recorder: Recorder, trial: Trial) -> None:

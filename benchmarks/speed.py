@@ -10,6 +10,7 @@ import argparse
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -25,6 +26,7 @@ from benchmarks.shared import ROOT, backbone, clean_environment, data_folder
 from benchmarks.speed_arms import arms, batches, optimizer_of, sparse_module, step
 from benchmarks.speed_table import speed_table
 from benchmarks.startup import startup_seconds
+from benchmarks.turns import take_turns
 from peft_lightning import TaskDataModule
 from peft_lightning.study.records import RunRecord, write_record
 from peft_lightning.study.tables import write_generated
@@ -32,24 +34,14 @@ from peft_lightning.task_module import TaskModule
 
 __all__ = ["main"]
 
-_WARM, _SCORED, _DUEL = 3, 10, 4
+_SCORED, _DUEL = 10, 4
 
 
 def _time_steps(modules: Mapping[str, TaskModule], steps: int) -> dict[str, list[float]]:
     """Return the seconds of ``steps`` steps of each arm, taken in turn after a few that are not counted."""
     (batch,) = batches(next(iter(modules.values())), 1)
     optimizers = {name: optimizer_of(module) for name, module in modules.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in modules}
-    names = list(modules)
-    for turn in range(_WARM + steps):
-        # Who goes first changes from turn to turn: what an arm leaves in the caches is then no arm's advantage.
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            module = modules[name]
-            started = time.perf_counter()
-            step(module, optimizers[name], batch)
-            if turn >= _WARM:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+    return take_turns({name: partial(step, modules[name], optimizers[name], batch) for name in modules}, steps)
 
 
 class _Clock(L.Callback):

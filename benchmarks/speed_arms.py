@@ -82,15 +82,15 @@ def arms(tiny: bool) -> dict[str, Callable[[], TaskModule]]:
     return found | ({"peft_lora": peer} if importlib.util.find_spec("peft") else {})
 
 
-def batches(module: TaskModule, count: int) -> list[dict[str, Any]]:
+def batches(module: TaskModule, count: int, rows: int = _ROWS) -> list[dict[str, Any]]:
     """Return batches of random tokens of full length: a step costs the same at every turn."""
     random = torch.Generator().manual_seed(0)
     config: Any = module.backbone.config
     found = []
     for _ in range(count):
-        ids = torch.randint(5, config.vocab_size, (_ROWS, _TOKENS), generator=random)
+        ids = torch.randint(5, config.vocab_size, (rows, _TOKENS), generator=random)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-        found.append({"inputs": inputs, "labels": torch.randint(0, 2, (_ROWS,), generator=random)})
+        found.append({"inputs": inputs, "labels": torch.randint(0, 2, (rows,), generator=random)})
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from peft_lightning.backbones.build import BackboneConfig, as_backbone_config, build_backbone, fingerprint
-from peft_lightning.backbones.families import pooling
+from peft_lightning.backbones.pooling import pooling
 from peft_lightning.backbones.tokenizers import load_tokenizer
 from peft_lightning.errors import UsageError
 from peft_lightning.module import MethodModule

@@ -28,6 +28,7 @@ ELSEWHERE = {
     "make lint": ".ci/run runs it",
     "make test": "this is it",
     "make bench-mrpc": "takes up to 45 minutes; tests/benchmarks runs it with --tiny",
+    "make bench-prune": "takes up to 90 minutes; tests/benchmarks runs it with --tiny",
     "make bench-speed": "takes minutes; tests/benchmarks runs it with --tiny",
     "make bench-pretrain": "takes minutes; tests/benchmarks runs it with --tiny",
     "peft-lightning fit --config configs/sctd_pretrain.yaml --config configs/overlays/pretrain_8gpu.yaml "

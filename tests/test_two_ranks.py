@@ -42,6 +42,7 @@ def test_as_one_process(name: str, ends: dict[int, Path]) -> None:
     for key, tensor in two[0]["state"].items():
         assert torch.equal(tensor, two[1]["state"][key]), f"ranks differ in {key}"
     assert two[0]["test"] == two[1]["test"]
+    assert two[0]["plan"] == two[1]["plan"] == one["plan"] and (one["plan"] is not None) == name.startswith("PruneLoRA")
     for end in (one, *two):  # stopped in the middle of an epoch and gone on: the same bits
         for key, tensor in end.get("resumed", {}).items():
             assert torch.equal(tensor, end["state"][key]), key

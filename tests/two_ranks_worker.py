@@ -14,7 +14,7 @@ import lightning as L
 import torch
 
 from peft_lightning.data.toy import toy_rows
-from peft_lightning.methods import SCTDPretrainModule, SparseAdapterModule
+from peft_lightning.methods import PruneLoRAModule, SCTDPretrainModule, SparseAdapterModule
 from tests.families import backbone_setting
 from tests.toy import METHODS, build, data, trainer
 
@@ -41,6 +41,18 @@ SCTD: dict[str, dict[str, Any]] = {
 }
 
 
+# Neurons too, blocks by their own gates, a classifier that learns first; another architecture; heads that are drawn.
+PRUNE: dict[str, dict[str, Any]] = {
+    "gates": {
+        "importance": {"batches": 2, "classifier_steps": 3, "blocks": "gate"},
+        "prune": {"ffn_to_prune": 0.3},
+        "lora": {"rank": 2, "high_rank": 4, "high_blocks": 1},
+    },
+    "bart-target": {"backbone": backbone_setting("bart"), "prune": {"target": {"params": 0.9}}},
+    "random": {"prune": {"order": "random", "heads_to_prune": 2}, "lora": {"rank": 4, "high_rank": 4}},
+}
+
+
 def runs() -> Iterator[tuple[str, type[Any], dict[str, Any], dict[str, Any]]]:
     """Name of a run, its method, and the options of module and trainer."""
     for method in METHODS:
@@ -48,6 +60,8 @@ def runs() -> Iterator[tuple[str, type[Any], dict[str, Any], dict[str, Any]]]:
             yield f"{method.__name__}-{variant}", method, options, settings
     for variant, options in SPARSE.items():
         yield f"SparseAdapterModule-{variant}", SparseAdapterModule, options, {}
+    for variant, options in PRUNE.items():
+        yield f"PruneLoRAModule-{variant}", PruneLoRAModule, options, {}
     for variant, options in SCTD.items():
         yield f"SCTDPretrainModule-{variant}", SCTDPretrainModule, options, {}
 
@@ -63,7 +77,7 @@ def main(folder: Path, ranks: int) -> None:
         fit = trainer(folder / name, max_epochs=2, **settings, **many)
         fit.fit(module, datamodule=source)
         tested = fit.test(module, datamodule=source, verbose=False)
-        end = {"state": module.owned_state(), "test": tested}
+        end = {"state": module.owned_state(), "test": tested, "plan": module.manifest().get("plan")}
         if name.endswith("-plain"):
             end["resumed"] = in_two_parts(method, folder / f"{name}-parts", source, options, many)
         torch.save(end, folder / f"{name}-{fit.global_rank}.pt")

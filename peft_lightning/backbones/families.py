@@ -11,7 +11,7 @@ from typing import Any
 
 from peft_lightning.errors import UsageError
 
-__all__ = ["FAMILIES", "Attention", "Family", "Place", "family_of", "pooling"]
+__all__ = ["FAMILIES", "Attention", "Family", "Place", "family_of"]
 
 
 @dataclass(frozen=True)
@@ -215,20 +215,7 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         reason = f" ({_WITHOUT[model_type]})" if model_type in _WITHOUT else ""
         raise UsageError(
-            f"backbone of type {model_type!r}: adapters and pruning know their way in {', '.join(FAMILIES)} only{reason}"
+            f"backbone of type {model_type!r}: adapters and pruning know their way in "
+            f"{', '.join(FAMILIES)} only{reason}"
         )
     return FAMILIES[model_type]
-
-
-def pooling(config: Any) -> str:
-    """The token that stands for a text: ``first``, or ``last`` where attention only looks back or a decoder answers."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
-        return "last"
-    kind = config.model_type
-    only_back = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return "last" if only_back else "first"

@@ -31,6 +31,7 @@ NORMS = ("layer", "all")
 """Over what the L2 norm is taken: the units of a layer, or all of them."""
 
 _EPS = 1e-20
+_SPREAD = 1e-9  # of the largest; less is rounding
 
 
 def gate_units(value: Tensor, gates: Tensor) -> Tensor:
@@ -94,8 +95,9 @@ def normalise(raw: Mapping[str, Tensor], norm: str) -> dict[str, Tensor]:
     }
     scores = torch.cat(list(scaled.values()))
     low, high = scores.min(), scores.max()
-    if not high > low:
-        raise DegenerateScoreError(f"importance: all {len(scores)} units have the same, so nothing can be ranked")
+    if high - low <= _SPREAD * high:
+        one = "; where layers have one unit each, importance.norm all" if norm == "layer" else ""
+        raise DegenerateScoreError(f"importance: all {len(scores)} units have the same, so nothing can be ranked{one}")
     return {layer: (tensor - low) / (high - low) for layer, tensor in scaled.items()}
 
 

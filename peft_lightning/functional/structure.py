@@ -34,8 +34,8 @@ def count_of(wanted: int | float, total: int, option: str) -> int:
     Raises:
         UsageError: if it is negative or more than there are.
 
-    >>> count_of(44 / 144, 144, "heads_to_prune"), count_of(0.25, 72, "heads_to_prune"), count_of(7, 72, "heads_to_prune")
-    (44, 18, 7)
+    >>> [count_of(wanted, 144, "heads_to_prune") for wanted in (44 / 144, 0.25, 7)]
+    [44, 36, 7]
     """
     if isinstance(wanted, bool) or not (0 <= wanted < 1 or (isinstance(wanted, int) and 0 <= wanted <= total)):
         raise UsageError(f"{option} = {wanted!r}: must be a count from 0 to {total}, or a share in [0, 1)")

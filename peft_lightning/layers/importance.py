@@ -1,9 +1,9 @@
 """Importance of a backbone's heads, neurons and blocks, measured (Prune-LoRA, section 3.1, equation 1).
 
-For every example and unit there is a gate of 1 (functional/heads); one backward pass over a batch gives the slope of each
-example's own loss at each gate. A block's gate multiplies all that the block's heads and neurons give, so by the chain
-rule its slope is the sum of theirs. The sum of absolute slopes is divided by the number of tokens, as in the paper.
-The backbone is not trained: no weight gets a gradient.
+For every example and unit there is a gate of 1 (functional/heads); one backward pass over a batch gives the slope of
+each example's own loss at each gate. A block's gate multiplies all that the block's heads and neurons give, so by the
+chain rule its slope is the sum of theirs. The sum of absolute slopes is divided by the number of tokens, as in the
+paper. The backbone is not trained: no weight gets a gradient.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def measure_importance(
     Raises:
         UsageError: if there is no batch, or the architecture is not known.
     """
-    places = {f"head:{path}": (site.linears()["output"], site.units) for path, site in attention_sites(backbone).items()}
+    places = {
+        f"head:{path}": (site.linears()["output"], site.units) for path, site in attention_sites(backbone).items()
+    }
     owners = {f"head:{path}": site.block for path, site in attention_sites(backbone).items()}
     if neurons or blocks:
         for path, site in feed_forward_sites(backbone).items():

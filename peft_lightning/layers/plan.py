@@ -1,4 +1,4 @@
-"""What is left of a backbone and which ranks it gets: decided once, kept in every file, applied before weights are loaded.
+"""What is left of a backbone and which ranks it gets: decided once, in every file, applied before weights are loaded.
 
 A plan names the units that each layer keeps by their numbers in the whole backbone, so it can be read without the
 importance that led to it.
@@ -6,7 +6,7 @@ importance that led to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from peft_lightning.layers.pruned_heads import attention_sites, feed_forward_sit
 __all__ = ["PrunePlan", "apply_plan"]
 
 _NAME = "pruned"
+_MOST = 10**7  # far above any model; keeps a lying file from filling the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +43,10 @@ class PrunePlan:
     inner: Mapping[str, int] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
-        """Plain values, for a manifest."""
+        """Plain values, for a manifest; neurons as a bit each, the first in the highest bit of the first hex digit."""
         return {
             "heads": {path: list(kept) for path, kept in self.heads.items()},
-            "neurons": {path: list(kept) for path, kept in self.neurons.items()},
+            "neurons": {path: _to_hex(kept, self.inner[path]) for path, kept in self.neurons.items()},
             **{name: dict(getattr(self, name)) for name in ("ranks", "units", "inner")},
         }
 
@@ -58,14 +59,18 @@ class PrunePlan:
         """
         if not isinstance(values, dict) or values.keys() != {"heads", "neurons", "ranks", "units", "inner"}:
             raise CheckpointError(f"{what}: damaged (it does not say which heads were kept)")
-        for name, entries in values.items():
-            lists = name in ("heads", "neurons")
-            for path, entry in entries.items() if isinstance(entries, dict) else [("", None)]:
-                numbers = entry if lists and isinstance(entry, list) else None if lists else [entry]
-                if not isinstance(path, str) or numbers is None or any(type(n) is not int or n < 0 for n in numbers):
-                    raise CheckpointError(f"{what}: damaged ({name} {str(path)[:100]!r} in its plan is malformed)")
-        kept = {name: {path: tuple(numbers) for path, numbers in values[name].items()} for name in ("heads", "neurons")}
-        return cls(**kept, ranks=values["ranks"], units=values["units"], inner=values["inner"])
+        for name, fits in (("ranks", _is_count), ("units", _is_count), ("inner", _is_count), ("heads", _are_counts)):
+            entries = values[name]
+            if not isinstance(entries, dict) or not all(isinstance(p, str) and fits(e) for p, e in entries.items()):
+                raise CheckpointError(f"{what}: damaged ({name} in its plan is malformed)")
+        neurons, inner = values["neurons"], values["inner"]
+        if not isinstance(neurons, dict) or neurons.keys() != inner.keys():
+            raise CheckpointError(f"{what}: damaged (neurons in its plan is malformed)")
+        return cls(
+            heads={path: tuple(kept) for path, kept in values["heads"].items()},
+            neurons={path: _from_hex(digits, inner[path], what) for path, digits in neurons.items()},
+            **{name: dict(values[name]) for name in ("ranks", "units", "inner")},
+        )
 
     def check(self, backbone: nn.Module) -> None:
         """Compare with a whole backbone, before anything is taken out of it.
@@ -90,7 +95,9 @@ class PrunePlan:
             for name, linear in site.linears().items():
                 smaller = self._smaller(backbone.get_submodule(linear), len(self.heads[path]), site, name)
                 if self.heads[path] and not 1 <= (rank := self.ranks[site.block]) <= smaller:
-                    raise UsageError(f"lora: rank {rank} for {linear}: must be from 1 to {smaller}, its smaller dimension")
+                    raise UsageError(
+                        f"lora: rank {rank} for {linear}: must be from 1 to {smaller}, its smaller dimension"
+                    )
 
     @staticmethod
     def _smaller(linear: nn.Module, kept: int, site: Any, name: str) -> int:
@@ -129,3 +136,26 @@ def apply_plan(backbone: nn.Module, plan: PrunePlan, lora: RankConfig | None) ->
             added[add_child(backbone, linear, "loras", _NAME, layer)] = layer
             module.register_forward_hook(layer.after)
     return added
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+def _to_hex(kept: Sequence[int], count: int) -> str:
+    chosen = set(kept)
+    bits = "".join("1" if number in chosen else "0" for number in range(count))
+    return "".join(f"{int(bits[start : start + 4].ljust(4, '0'), 2):x}" for start in range(0, count, 4))
+
+
+def _from_hex(digits: Any, count: int, what: str) -> tuple[int, ...]:
+    if not isinstance(digits, str) or len(digits) != -(-count // 4) or not set(digits) <= set("0123456789abcdef"):
+        raise CheckpointError(f"{what}: damaged (neurons in its plan must be {-(-count // 4)} hex digits)")
+    bits = "".join(f"{int(digit, 16):04b}" for digit in digits)
+    if "1" in bits[count:]:
+        raise CheckpointError(f"{what}: damaged (neurons in its plan has more than {count})")
+    return tuple(number for number, bit in enumerate(bits) if bit == "1")

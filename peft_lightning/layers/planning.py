@@ -1,4 +1,4 @@
-"""From importance to decisions: which heads and neurons go, and which rank each block gets (Prune-LoRA, 3.2 and 3.3)."""
+"""From importance to decisions: which heads and neurons go, and which rank each block gets (Prune-LoRA, 3.2, 3.3)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class ImportanceConfig:
 
     Attributes:
         batches: batches of training data, of each rank, in a pass of their own.
-        norm: layer (L2 norm over the heads of each layer) or all (over all heads, which leaves their order as measured).
+        norm: layer (L2 norm over the heads of each layer) or all (over all heads; their order stays as measured).
         blocks: a block's importance: normalised (the mean of its heads' final importance), raw (the sum of its heads'
             before it is normalised), or gate (of one gate on all that the block adds).
         classifier_steps: steps of Adam on the head alone before measuring, at the optimiser's rate; from a random head

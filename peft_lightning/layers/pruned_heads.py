@@ -105,9 +105,7 @@ def feed_forward_sites(backbone: nn.Module) -> dict[str, FeedForwardSite]:
 
 
 @torch.no_grad()
-def prune_units(
-    backbone: nn.Module, heads: Mapping[str, Sequence[int]], neurons: Mapping[str, Sequence[int]]
-) -> None:
+def prune_units(backbone: nn.Module, heads: Mapping[str, Sequence[int]], neurons: Mapping[str, Sequence[int]]) -> None:
     """Take heads and neurons out of a backbone, in place; nothing is touched unless all of it fits.
 
     Linear maps stay the same modules with smaller tensors of the same dtype and device, so hooks on them stay too.
@@ -180,7 +178,9 @@ def _check(kept: Mapping[str, Sequence[int]], units: Mapping[str, int], what: st
             raise UsageError(f"{path}: the backbone has no {what}s there; there are: {', '.join(units)}")
         fits = all(type(number) is int and 0 <= number < units[path] for number in numbers)
         if not fits or list(numbers) != sorted(set(numbers)):
-            raise UsageError(f"{path}: the {what}s to keep must be numbers from 0 to {units[path] - 1}, each once, in order")
+            raise UsageError(
+                f"{path}: the {what}s to keep must be numbers from 0 to {units[path] - 1}, each once, in order"
+            )
 
 
 def _columns(units: Sequence[int], width: int) -> torch.Tensor:

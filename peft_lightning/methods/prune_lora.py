@@ -1,10 +1,10 @@
-"""Prune-LoRA (Wang, Yang and Sun, 2023, arXiv:2303.14704): heads pruned by their importance to the task, then LoRA whose
-rank follows the importance of the block.
+"""Prune-LoRA (Wang, Yang and Sun, 2023, arXiv:2303.14704): heads pruned by their importance to the task, then LoRA
+whose rank follows the importance of the block.
 
-Section 3.1: importance of the heads (equations 1 and 2: functional/heads, measured in layers/importance). Section 3.2: the
-least important go. Section 3.3, equation 5: h = W' x + B' A' x on query, key, value and output, with W' the pruned
-weights and a higher rank where the block matters more (functional/structure). LayerNorms and classifier train too (4.1.2).
-Deviations, each for a reason:
+Section 3.1: importance of the heads (equations 1 and 2: functional/heads, measured in layers/importance). Section 3.2:
+the least important go. Section 3.3, equation 5: h = W' x + B' A' x on query, key, value and output, with W' the pruned
+weights and a higher rank where the block matters more (functional/structure). LayerNorms and classifier train too
+(4.1.2). Deviations, each for a reason:
 
 * heads are removed, not masked (layers/pruned_heads); the paper's masks made inference slower, as it says in section 5;
 * neurons of the feed-forward blocks can go as well, its future work, and a budget can decide how many of each;
@@ -13,8 +13,9 @@ Deviations, each for a reason:
 * it does not say what a block's importance is: the mean of its heads' final importance by default, which with the norm
   per layer says how evenly they matter; the other choices of ``importance.blocks`` say how much;
 * it gives no LoRA factor: here c = alpha / r is 1 at every rank;
-* its parameter counts (101.29 M, 308.7 K trained) come from no setting of its text: 44 heads leave 101.09 M with LoRA, and
-  ranks 8 and 4 on four maps of the pruned model need 303,104 at least before the LayerNorms' 38,400. We follow the text.
+* its parameter counts (101.29 M, 308.7 K trained) come from no setting of its text: with 44 heads gone and as much
+  LoRA as it counts 101.09 M are left, and ranks 8 and 4 on four maps need 303,104 at least, before the LayerNorms'
+  38,400. We follow the text.
 
 The decisions are made once, before the optimiser exists, and every file carries them (layers/plan).
 """
@@ -22,6 +23,7 @@ The decisions are made once, before the optimiser exists, and every file carries
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -197,7 +199,7 @@ class PruneLoRAModule(TaskModule):
     def manifest(self) -> dict[str, Any]:
         """Adds the decisions, and the importance that they follow."""
         plan = None if self.plan is None else self.plan.plain()
-        measured = None if self.measured is None else plain_importance(self.measured)
+        measured = None if self.measured is None else plain_importance(replace(self.measured, neurons={}))
         return {**super().manifest(), "plan": plan, "importance": measured}
 
     def before_data(self, checkpoint: Mapping[str, Any]) -> None:
@@ -258,6 +260,7 @@ class PruneLoRAModule(TaskModule):
         scores = {} if self.measured is None else normalise(self.measured.heads, self.importance.norm)
         return {
             **base,
+            "parameters_left": left,
             "structure": {
                 "parameters": left,
                 "parameters_before": self.whole,

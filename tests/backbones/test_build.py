@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, BertConfig, PreTrainedTokenizerFast
 
 from peft_lightning.backbones.build import BackboneConfig, build_backbone, fingerprint
-from peft_lightning.backbones.families import FAMILIES, family_of, pooling
+from peft_lightning.backbones.families import FAMILIES, family_of
+from peft_lightning.backbones.pooling import pooling
 from peft_lightning.backbones.tokenizers import load_tokenizer
 from peft_lightning.backbones.toy import toy_tokenizer
 from peft_lightning.errors import CheckpointError, UsageError

@@ -19,13 +19,18 @@ from tests.families import backbone_setting, inputs
 # Enough heads that some can go, and groups of two query heads where keys are shared.
 HEADS: dict[str, dict[str, Any]] = {
     "bart": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
-    **{name: {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4} for name in ("llama", "qwen2", "qwen3")},
+    **{
+        name: {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
+        for name in ("llama", "qwen2", "qwen3")
+    },
 }
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((family, HEADS.get(family, {"num_attention_heads": 4})) for family in FAMILIES),
     ("deberta-v2", {"num_attention_heads": 4, "share_att_key": False}),
 ]
-EACH = pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=lambda value: value if isinstance(value, str) else "")
+EACH = pytest.mark.parametrize(
+    ("family", "changes"), VARIANTS, ids=lambda value: value if isinstance(value, str) else ""
+)
 
 
 def backbone(family: str, changes: dict[str, Any], attention: str = "auto") -> Any:
@@ -167,7 +172,9 @@ def test_an_attention_that_cannot_be_sliced_is_named() -> None:
     model = backbone("bert", {"num_attention_heads": 4})
     layer = model.encoder.layer[1]
     layer.attention.self.key = nn.Sequential(layer.attention.self.key)
-    with pytest.raises(UsageError, match=r"encoder\.layer\.1\.attention\.self\.key: is a Sequential, not a plain linear"):
+    with pytest.raises(
+        UsageError, match=r"encoder\.layer\.1\.attention\.self\.key: is a Sequential, not a plain linear"
+    ):
         prune_units(model, {"encoder.layer.0.attention.self": [0]}, {})
     assert model.encoder.layer[0].attention.self.query.out_features == 16
     layer.attention.self.key = nn.Linear(16, 6)

@@ -1,0 +1,85 @@
+"""Prune-LoRA: what it costs and what it learns (the paper's tables 1 to 4), beside LoRA and full fine-tuning.
+
+``--part speed`` times random encoders of two sizes; ``--part learn`` trains on real tasks, one JSON file a run, and
+goes on where it stopped. What the arms are: benchmarks/prune_arms.py. The number of an arm is the validation metric
+after its last epoch: no epoch is chosen by looking.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.prune_arms import SUITES, Suite
+from benchmarks.prune_speed import measure
+from benchmarks.prune_table import accuracy_table, cost_tables, read_suite
+from benchmarks.runs import run_missing
+from benchmarks.script import CONSOLE, run
+from benchmarks.shared import ROOT, clean_environment
+from peft_lightning.errors import UsageError
+from peft_lightning.study.records import read_record, write_record
+from peft_lightning.study.tables import write_generated
+
+__all__ = ["main"]
+
+_RESULTS = ROOT / "benchmarks" / "results"
+_FOLDERS = {"cpu": _RESULTS / "prune", "gpu": _RESULTS / "prune_gpu"}
+_DOCUMENT = ROOT / "benchmarks" / "RESULTS.md"
+
+
+def _learned(suite: Suite, folder: Path, places: bool) -> str:
+    """The accuracy tables, a preset each; written into the documents where ``places`` says so."""
+    texts = {preset.name: accuracy_table(read_suite(suite, preset, folder)) for preset in suite.presets}
+    text = "\n\n".join(texts.values() if len(texts) == 1 else [f"Preset `{n}`:\n\n{t}" for n, t in texts.items()])
+    if places:
+        write_generated(_DOCUMENT, "prune" if suite.name == "cpu" else "prune-gpu", text)
+        if suite.name == "cpu":
+            write_generated(ROOT / "README.md", "prune", text)
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is asked for, then write the tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prune", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--part", choices=["speed", "learn", "all"], default="all", help="default: %(default)s")
+    parser.add_argument("--suite", choices=list(SUITES), default="cpu", help="tasks of --part learn")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of --part learn")
+    parser.add_argument("--encoder", help="folder or hub name of another encoder; its records go into --out")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch in --part speed")
+    parser.add_argument("--report", action="store_true", help="run nothing: tables from the records")
+    parser.add_argument("--tiny", action="store_true", help="try it in a minute: toy data, random encoder, few steps")
+    parser.add_argument("--allow-dirty", action="store_true", help="run with uncommitted changes; the records say so")
+    parser.add_argument("--out", type=Path, help="folder of the records; the documents stay as they are")
+    options = parser.parse_args(arguments)
+    suite = SUITES[options.suite]
+    if suite.name == "gpu" and options.device != "cuda" and not (options.tiny or options.report):
+        raise UsageError(f"--device {options.device}: the suite gpu needs cuda, or --tiny")
+    if options.encoder and not options.out:
+        raise UsageError(f"--encoder {options.encoder}: give --out too, a folder of its own for another encoder")
+    tiny = ROOT / "runs" / "bench-tiny" / f"prune-{suite.name}"
+    folder: Path = options.out or (tiny if options.tiny else _FOLDERS[suite.name])
+    places = not options.tiny and options.out is None
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    environment = {} if options.report else clean_environment(options.allow_dirty or options.tiny)
+    if options.part != "learn":
+        path = folder / "speed.json"
+        if not options.report:
+            torch.set_num_threads(options.threads)
+            write_record(path, measure(options.tiny, options.threads, environment))
+        text = cost_tables(read_record(path))
+        if places:
+            write_generated(_DOCUMENT, "prune-speed", text)
+        CONSOLE.print(text)
+    if options.part != "speed":
+        if not options.report:
+            runs = suite.runs(tiny=options.tiny, device=options.device, encoder=options.encoder)
+            run_missing(runs, folder, environment, CONSOLE)
+        CONSOLE.print(_learned(suite, folder, places))
+
+
+if __name__ == "__main__":
+    run(main)
