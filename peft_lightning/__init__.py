@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peft_lightning.callbacks.checkpoint import RunCheckpoint
     from peft_lightning.data.corpus import MLMDataModule
     from peft_lightning.data.supervised import TaskDataModule
-    from peft_lightning.exchange import export_adapter, import_adapter
+    from peft_lightning.exchange import export_adapter, import_adapter, load_pruned
     from peft_lightning.layers.adapters import AdapterConfig
     from peft_lightning.layers.drop_config import DropConfig
     from peft_lightning.layers.prune_config import ImportanceConfig, RankConfig, StructureConfig
@@ -47,6 +47,7 @@ __all__ = [
     "export_adapter",
     "import_adapter",
     "load",
+    "load_pruned",
 ]
 
 _HOME = {
@@ -69,6 +70,7 @@ _HOME = {
     "export_adapter": "exchange",
     "import_adapter": "exchange",
     "load": "loading",
+    "load_pruned": "exchange",
 }
 
 

@@ -1,4 +1,4 @@
-"""``export`` and ``import``: adapters to and from the formats of other libraries."""
+"""``export`` and ``import``: adapters to and from the formats of other libraries, and pruned models to them."""
 
 from __future__ import annotations
 
@@ -36,17 +36,20 @@ def _export(words: list[str]) -> None:
         prog="peft-lightning export",
         description="Write a trained adapter for AdapterHub's library, for Hugging Face PEFT (LoRA only), or as an "
         "adapter folder of our own. Masks travel as zeros, with the masks themselves in a file beside them. A "
-        "pretrained model is written as a folder of Hugging Face transformers.",
+        "pretrained model is written as a folder of Hugging Face transformers. A pruned model (Prune-LoRA) is written "
+        "whole for transformers or as LoRA for PEFT, and peft_lightning.load_pruned(FOLDER) gives the ordinary model "
+        "back; or as model.onnx for onnxruntime.",
     )
     parser.add_argument("--ckpt_path", required=True, help="a checkpoint, a run's folder or an adapter folder")
-    parser.add_argument("--format", required=True, help="adapterhub, peft, peft_lightning or transformers")
+    parser.add_argument("--format", required=True, help="adapterhub, peft, peft_lightning, transformers or onnx")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--backbone", help="folder or hub name of the backbone, if it is not where the file says")
     parser.add_argument(
         "--head",
         choices=("auto", "with", "without"),
         default="auto",
-        help="whether the classification head goes along; auto: to AdapterHub if it was trained, to PEFT not",
+        help="whether the classification head goes along; auto: to AdapterHub if it was trained, to PEFT not, and with "
+        "a pruned model always",
     )
     given = parser.parse_args(words)
     from peft_lightning.exchange import export_adapter

@@ -1,4 +1,4 @@
-"""From a module, or a file of ours, to a folder that AdapterHub's library, PEFT or transformers reads."""
+"""From a module, or a file of ours, to a folder that AdapterHub's library, PEFT, transformers or onnxruntime reads."""
 
 from __future__ import annotations
 
@@ -12,23 +12,32 @@ from torch import nn
 from peft_lightning.atomic import fresh_folder
 from peft_lightning.errors import UsageError
 from peft_lightning.exchange.notes import ExchangeWarning
+from peft_lightning.exchange.onnx import write_onnx
+from peft_lightning.exchange.plain import write_lora, write_model
 from peft_lightning.exchange.reading import head_is_new
 from peft_lightning.files.adapterhub import write_adapterhub
 from peft_lightning.files.foreign import ForeignAdapter
 from peft_lightning.files.hf_peft import write_peft
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file, write_adapter
 from peft_lightning.loading import load
+from peft_lightning.methods.prune_lora import PruneLoRAModule
 from peft_lightning.methods.sparse_adapter import SparseAdapterModule
 from peft_lightning.pretrain_module import PretrainModule
 
 __all__ = ["FORMATS", "export_adapter"]
 
-FORMATS = ("adapterhub", "peft", "peft_lightning", "transformers")
-"""What can be written. The first two can be imported again, ``load`` reads the third, and the last is a whole model."""
+_FITTING: dict[type[nn.Module], tuple[str, ...]] = {
+    SparseAdapterModule: ("adapterhub", "peft", "peft_lightning"),
+    PruneLoRAModule: ("peft", "peft_lightning", "transformers", "onnx"),
+    PretrainModule: ("transformers",),
+}
+FORMATS = tuple(dict.fromkeys(name for names in _FITTING.values() for name in names))
+"""What can be written. ``load`` reads our own (peft_lightning), ``import_adapter`` the first two of a SparseAdapter,
+and ``load_pruned`` what Prune-LoRA wrote for PEFT and transformers."""
 
 
 def export_adapter(
-    source: str | Path | SparseAdapterModule | PretrainModule,
+    source: str | Path | SparseAdapterModule | PruneLoRAModule | PretrainModule,
     folder: str | Path,
     *,
     format: str,
@@ -37,55 +46,77 @@ def export_adapter(
 ) -> None:
     """Write what a module trained in a format of another library, or as our own adapter folder.
 
-    A pretrained model is written as ``AutoModelForMaskedLM.from_pretrained`` reads it, with its tokenizer.
+    A pretrained model is written as ``AutoModelForMaskedLM.from_pretrained`` reads it, with its tokenizer. A pruned
+    model is written whole for transformers, with LoRA folded in, or as LoRA for PEFT, and ``load_pruned`` gives the
+    ordinary model back; or for onnxruntime as ``model.onnx``.
 
     Args:
         source: a module, or a checkpoint, run or adapter folder.
         folder: new or empty; it appears only when all is written.
-        format: one of :data:`FORMATS`; peft is for LoRA only, transformers for pretrained models only.
-        head: whether the head goes along. None: in our own format always; in AdapterHub's unless it is still the new
-            one of an import; in PEFT's not, and the file fits the bare model (with True, a
+        format: one of :data:`FORMATS`; peft is for LoRA only, transformers and onnx for whole models.
+        head: whether the head goes along. None: in our own format and in ONNX always; in AdapterHub's unless it is
+            still the new one of an import; with a pruned model for transformers yes, in a file of its own where
+            transformers has no such head; in PEFT's not, and the file fits the bare model (with True, a
             ``...ForSequenceClassification``).
         backbone: where ``source`` is a path: instead of the backbone's recorded folder or name.
 
     Raises:
         CheckpointError: if the format has no words for the adapter, or ``source`` cannot be read.
-        UsageError: if an option is wrong or the folder holds files.
+        UsageError: if an option is wrong, the folder holds files, or nothing was decided yet that could be written.
     """
     if format not in FORMATS:
         raise UsageError(f"format = {format!r}: must be one of {', '.join(FORMATS)}")
-    if format == "peft_lightning" and head is False:
-        raise UsageError("head = False: format = 'peft_lightning' always has the head")
+    if format in ("peft_lightning", "onnx") and head is False:
+        raise UsageError(f"head = False: format = {format!r} always has the head")
     module = _module(source, backbone)
-    if isinstance(module, PretrainModule) != (format == "transformers"):
-        kind, fitting = type(module).__name__, FORMATS[-1:] if isinstance(module, PretrainModule) else FORMATS[:-1]
+    fitting = next(names for kind, names in _FITTING.items() if isinstance(module, kind))
+    if format not in fitting:
+        kind = type(module).__name__
         raise UsageError(f"format = {format!r}: {kind} can be written as {', '.join(fitting)}")
     if isinstance(module, PretrainModule):
         if head is not None:
             raise UsageError(f"head = {head}: a pretrained model always has its head")
         module.export(folder)
         return
+    if isinstance(module, PruneLoRAModule) and module.plan is None:
+        raise UsageError("PruneLoRAModule: has not decided yet what goes; fit it first, or give importance.file")
     with fresh_folder(folder) as fresh:
-        if format == "peft_lightning":
-            write_adapter(fresh, module.owned_state(), module.manifest())
-        elif format == "adapterhub":
-            write_adapterhub(fresh, _foreign(module, not head_is_new(module) if head is None else head))
-        else:
-            names = [name for name, _ in module.backbone.named_modules() if name]
-            write_peft(fresh, _foreign(module, bool(head)), names)
-    if format == "peft" and head is None and not head_is_new(module):
-        warnings.warn(f"{folder}: the head stays behind; head = True takes it along", ExchangeWarning, stacklevel=2)
+        notes = _write(fresh, module, format, head)
+    for note in notes:
+        warnings.warn(f"{folder}: {note}", ExchangeWarning, stacklevel=2)
 
 
-def _module(source: Any, backbone: Any) -> SparseAdapterModule | PretrainModule:
+def _write(fresh: Path, module: SparseAdapterModule | PruneLoRAModule, format: str, head: bool | None) -> list[str]:
+    """Fill the folder; returns what the user should know."""
+    if format == "peft_lightning":
+        write_adapter(fresh, module.owned_state(), module.manifest())
+        return []
+    if isinstance(module, SparseAdapterModule):
+        is_new = head_is_new(module)
+        if format == "adapterhub":
+            write_adapterhub(fresh, _foreign(module, not is_new if head is None else head))
+            return []
+        names = [name for name, _ in module.backbone.named_modules() if name]
+        write_peft(fresh, _foreign(module, bool(head)), names)
+        return ["the head stays behind; head = True takes it along"] if head is None and not is_new else []
+    if format == "transformers":
+        return write_model(fresh, module, head is not False)
+    if format == "onnx":
+        return write_onnx(fresh, module)
+    write_lora(fresh, module, bool(head))
+    return ["the head stays behind; head = True takes it along"] if head is None else []
+
+
+def _module(source: Any, backbone: Any) -> SparseAdapterModule | PruneLoRAModule | PretrainModule:
     module = source
     if not isinstance(source, nn.Module):
         run_config = read_file(source)[MANIFEST_KEY].get("run_config")
         module = load(source, backbone=backbone)
         module.run_config = run_config if isinstance(run_config, dict) else {}
-    if not isinstance(module, SparseAdapterModule | PretrainModule):
+    if not isinstance(module, SparseAdapterModule | PruneLoRAModule | PretrainModule):
         raise UsageError(
-            f"{type(module).__name__}: has no adapters; SparseAdapterModule and SCTDPretrainModule can be exported"
+            f"{type(module).__name__}: has no adapters; SparseAdapterModule, PruneLoRAModule and SCTDPretrainModule "
+            "can be exported"
         )
     module.configure_model()
     return module

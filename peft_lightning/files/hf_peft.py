@@ -8,7 +8,6 @@ and whose head lies beside the adapter (``base_model.model.classifier.dense.weig
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,14 +16,16 @@ from typing import Any
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from peft_lightning.errors import CheckpointError
+from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.files.foreign import ForeignAdapter, read_json, read_masks, read_tensors, write_folder
 from peft_lightning.files.hf_peft_config import check_config, rank_and_scaling, target_modules, target_of
+from peft_lightning.files.hf_peft_patterns import rank_settings, whole_modules
+from peft_lightning.files.pruned import PRUNED_FILE
 from peft_lightning.files.values import check_finite
 from peft_lightning.functional.patterns import LONGEST_PATH
 from peft_lightning.layers.adapters import AdapterConfig
 
-__all__ = ["read_peft", "write_peft"]
+__all__ = ["classifier_names", "read_peft", "write_peft"]
 
 _ROOT = "base_model.model."
 _LORA = re.compile(r"(?P<path>[^\s]+)\.(?P<matrix>lora_[AB])\.weight")
@@ -40,6 +41,24 @@ _FROM_HIDDEN = (".query", ".key", ".value", "query_proj", "key_proj", "value_pro
 # The settings that choose modules.
 _RULE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _SAVED = {"roberta": ["classifier"], "bert": ["classifier", "pooler"]}
+
+
+def classifier_names(model_type: str, head: Iterable[str]) -> dict[str, str]:
+    """Names of a head's tensors in transformers' sequence classifier, where that one computes the same.
+
+    Args:
+        model_type: of the backbone, whose text stands on its first token.
+        head: our names of the tensors.
+
+    Returns:
+        Our names -> theirs; empty where the architecture's head is another one.
+
+    >>> classifier_names("bert", ["dense.bias", "dense.weight", "out.bias", "out.weight"])["out.bias"]
+    'classifier.bias'
+    """
+    parts = _HEADS.get(model_type, {})
+    names = {f"{ours}.{kind}": f"{theirs}.{kind}" for theirs, ours in parts.items() for kind in ("weight", "bias")}
+    return names if names.keys() == set(head) else {}
 
 
 def read_peft(
@@ -59,9 +78,11 @@ def read_peft(
 
     Raises:
         CheckpointError: if it is damaged, or asks for something that is not computed here.
-        UsageError: if only a pickle is there and ``allow_bin`` is False.
+        UsageError: if only a pickle is there and ``allow_bin`` is False, or the LoRA is a pruned model's.
     """
     folder = Path(folder)
+    if (folder / PRUNED_FILE).exists():
+        raise UsageError(f"{folder}: is LoRA for a pruned model; load_pruned() gives the model, and PEFT adds this")
     what = folder / "adapter_config.json"
     config = read_json(what)
     check_config(config, what)
@@ -109,14 +130,19 @@ def read_peft(
     )
 
 
-def write_peft(folder: str | Path, given: ForeignAdapter, modules: Iterable[str]) -> None:
+def write_peft(
+    folder: str | Path, given: ForeignAdapter, modules: Iterable[str], whole: Mapping[str, Tensor] | None = None
+) -> None:
     """Write a LoRA, its head if it has one, and the masks beside it.
+
+    Ranks may differ between modules.
 
     Args:
         folder: made if needed.
         given: ``base`` has model_type, model_name and model_class. With a head the names are those of a model of
             transformers with a sequence classification head, without one those of the bare model.
         modules: paths of all modules in the bare model.
+        whole: tensors of modules that were trained as they are, such as norms, by their names inside the bare model.
 
     Raises:
         CheckpointError: if the format has no words for it.
@@ -126,40 +152,42 @@ def write_peft(folder: str | Path, given: ForeignAdapter, modules: Iterable[str]
     model_type, name = given.base["model_type"], given.adapter.name
     prefix, head = "", {}
     if given.head is not None:
-        if model_type not in _HEADS or "dense.weight" not in given.head:
+        names = classifier_names(model_type, given.head)
+        if not names:
             raise CheckpointError(
                 f"backbone of type {model_type!r}: PEFT's format takes the head of {' and '.join(_HEADS)} with "
                 "head = 'dense' only; export without the head"
             )
         prefix = f"{model_type}."
-        back = {ours: theirs for theirs, ours in _HEADS[model_type].items()}
-        head = {f"{_ROOT}{back[k.partition('.')[0]]}.{k.partition('.')[2]}": t for k, t in given.head.items()}
-    lora = {f"{_ROOT}{prefix}{key.replace(f'.loras.{name}.', '.')}.weight": t for key, t in given.tensors.items()}
-    sites = sorted({key.partition(f".loras.{name}.")[0] for key in given.tensors})
-    rank = next(tensor.shape[0] for key, tensor in given.tensors.items() if key.endswith("lora_A"))
-    alpha = given.adapter.factor * rank
-    whole = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+        head = {names[key]: tensor for key, tensor in given.head.items()}
+    lora = {f"{prefix}{key.replace(f'.loras.{name}.', '.')}.weight": t for key, t in given.tensors.items()}
+    saved = {f"{prefix}{key}": tensor for key, tensor in (whole or {}).items()}
+    ending = f".loras.{name}.lora_A"
+    ranks = {key.removesuffix(ending): tensor.shape[0] for key, tensor in given.tensors.items() if key.endswith(ending)}
+    if not ranks:
+        raise CheckpointError("there is no LoRA to write: no attention has a head left")
+    known = set(modules)
+    trained = whole_modules({key.rpartition(".")[0] for key in saved}, [f"{prefix}{path}" for path in known])
+    trained += [] if given.head is None else _SAVED[model_type]
     auto = {"base_model_class": given.base["model_class"], "parent_library": "transformers"}
     config = {
-        "alpha_pattern": {},
         "auto_mapping": auto if given.head is None else None,
         "base_model_name_or_path": given.base.get("model_name"),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": whole,
         "lora_dropout": 0.0,
-        "modules_to_save": None if given.head is None else _SAVED[model_type],
+        "modules_to_save": trained or None,
         "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": {},
-        "target_modules": target_modules(sites, set(modules)),
+        "target_modules": target_modules(sorted(ranks), known),
         "task_type": None if given.head is None else "SEQ_CLS",
         "use_dora": False,
         "use_rslora": False,
+        **rank_settings({f"{prefix}{path}": rank for path, rank in ranks.items()}, given.adapter.factor),
     }
-    files: dict[str, Any] = {"adapter_config.json": config, "adapter_model.safetensors": save_safetensors(lora | head)}
+    tensors = {f"{_ROOT}{key}": tensor for key, tensor in (lora | saved | head).items()}
+    files: dict[str, Any] = {"adapter_config.json": config, "adapter_model.safetensors": save_safetensors(tensors)}
     # The format keeps no name of an adapter, so the masks are named as a reader will name it.
     new = AdapterConfig().name
     masks = {key.replace(f".loras.{name}.", f".loras.{new}."): mask for key, mask in given.masks.items()}

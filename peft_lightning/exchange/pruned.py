@@ -1,0 +1,149 @@
+"""From a folder of a pruned model back to an ordinary model of transformers, strictly.
+
+A folder of the format transformers holds a *whole model*; beside LoRA in PEFT's format there is none, and the *base* is
+built from the whole backbone, pruned as the folder says.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+
+from peft_lightning.backbones.build import BackboneConfig, as_backbone_config, build_backbone, fingerprint
+from peft_lightning.backbones.families import FAMILIES
+from peft_lightning.errors import CheckpointError, UsageError, first_line
+from peft_lightning.exchange.skeleton import MODEL_FILE, classes_of, say_classes, skeleton, tensors_of
+from peft_lightning.files.foreign import read_json
+from peft_lightning.files.pruned import PrunedRecord, check_digests, read_pruned
+from peft_lightning.files.strict import check_fingerprint, check_tensors
+from peft_lightning.files.values import check_finite
+from peft_lightning.layers.plan import apply_plan
+from peft_lightning.seeding import seeded_on_cpu
+
+__all__ = ["load_pruned"]
+
+# What a configuration could have fetched or run, or is about a place.
+_NOT_TAKEN = ("attn_implementation", "experts_implementation", "auto_map", "quantization_config", "name_or_path")
+
+
+def load_pruned(path: str | Path, backbone: Any = None) -> Any:
+    """An ordinary model of transformers from a folder that ``export`` wrote of a pruned model.
+
+    From the format transformers it is the whole model, LoRA folded in. From the format peft it is the pruned backbone
+    before LoRA; ``peft.PeftModel.from_pretrained(model, path)`` adds what was trained. Nothing in the folder is run.
+
+    Args:
+        path: the folder.
+        backbone: for the format peft, where the whole backbone is now, if it is not where the file says: a folder, a
+            hub name, or a ``BackboneConfig``.
+
+    Returns:
+        The model in float32, on the CPU and in evaluation mode.
+
+    Raises:
+        CheckpointError: if the folder is damaged, or its parts or the backbone do not fit; says what differs.
+        UsageError: if ``backbone`` is missing, cannot be built, or is given for a whole model.
+    """
+    folder = Path(path)
+    record = read_pruned(folder)
+    if record.kind == "onnx":
+        raise UsageError(f"{folder}: holds a model for onnxruntime; the formats transformers and peft can be loaded")
+    check_digests(folder, record)
+    if record.kind == "adapter":
+        return _base(folder, record, backbone)
+    if backbone is not None:
+        raise UsageError(f"backbone = {backbone!r}: {folder} is a whole model; leave the option out")
+    return _whole(folder, record)
+
+
+def _whole(folder: Path, record: PrunedRecord) -> Any:
+    config = _config(folder, record)
+    classes = list(classes_of(config))
+    if record.model_class not in classes:
+        raise CheckpointError(f"{folder}: model_class = {record.model_class[:100]!r}: must be {' or '.join(classes)}")
+    try:
+        model = skeleton(config, classes.index(record.model_class) == 1, record.plan)
+    except UsageError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    except Exception as error:  # whatever a wrong configuration leads to, it means the same
+        raise CheckpointError(f"{folder / 'config.json'}: makes no model ({first_line(error)})") from None
+    try:
+        given = load_safetensors((folder / MODEL_FILE).read_bytes())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / MODEL_FILE}: damaged ({first_line(error)})") from None
+    check_tensors(given, tensors_of(model), str(folder))
+    check_finite(given, folder)
+    model.load_state_dict(given, strict=False)  # what is missing now is tied to what is not
+    return model
+
+
+def _config(folder: Path, record: PrunedRecord) -> Any:
+    """The configuration, of the shape that the backbone had."""
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    values = read_json(path)
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise CheckpointError(f"{path}: model_type = {str(model_type)[:100]!r}: must be one of {', '.join(FAMILIES)}")
+    taken = {name: value for name, value in values.items() if name[:1] != "_" and name not in _NOT_TAKEN}
+    try:
+        config = AutoConfig.for_model(**taken)
+    except Exception as error:  # transformers raises many kinds for a wrong value
+        raise CheckpointError(f"{path}: is no configuration ({first_line(error)})") from None
+    shape = {name: value for name, value in record.backbone.items() if name != "weights"}
+    check_fingerprint(shape, {name: getattr(config, name, None) for name in shape}, str(path))
+    return config
+
+
+def _base(folder: Path, record: PrunedRecord, given: Any) -> Any:
+    """The pruned backbone before LoRA, under a new head where the folder has a trained one."""
+    setting, seed = _setting(folder, record, given)
+    with seeded_on_cpu(seed):
+        backbone: Any = build_backbone(setting)
+    check_fingerprint(record.backbone, fingerprint(backbone), str(folder))
+    classes = classes_of(backbone.config)
+    if record.model_class not in classes:
+        raise CheckpointError(f"{folder}: model_class = {record.model_class[:100]!r}: must be {' or '.join(classes)}")
+    try:
+        apply_plan(backbone, record.plan, None)
+    except UsageError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    backbone.float()
+    if record.model_class == type(backbone).__name__:
+        return backbone.eval()
+    config = copy.deepcopy(backbone.config)
+    say_classes(config, record.outputs, record.labels)
+    with seeded_on_cpu(seed):
+        model: Any = classes[record.model_class](config)
+    if hasattr(model.base_model, "pooler"):
+        backbone.pooler = model.base_model.pooler
+    setattr(model, model.base_model_prefix, backbone)
+    return model.eval()
+
+
+def _setting(folder: Path, record: PrunedRecord, given: Any) -> tuple[BackboneConfig, int]:
+    """Which backbone to build, and the seed for one of random weights."""
+    source: Mapping[str, Any] = record.source
+    try:
+        seed, dtype = int(source["seed"]), source["dtype"]
+        if isinstance(given, str | Path):
+            return BackboneConfig(name=str(given), dtype=dtype), seed
+        if given is not None:
+            return as_backbone_config(given), seed
+        recorded = {name: source[name] for name in ("name", "config", "revision", "dtype")}
+        if source["folder"] and not Path(recorded["name"]).is_dir():
+            raise UsageError(
+                f"backbone: {folder} was made on a folder named {recorded['name']!r}; say where it is (backbone=...)"
+            )
+        # a backbone of random weights is built without a tokenizer, which only texts need
+        return BackboneConfig(**recorded), seed
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        if given is not None or isinstance(error, UsageError):
+            raise
+        raise CheckpointError(f"{folder}: damaged (it does not say which backbone it was made on)") from None
