@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_lightning import SparseAdapterModule, load
+from peft_lightning import SparseAdapterModule, load, load_pruned
 from peft_lightning.backbones.build import BackboneConfig, build_backbone
 from peft_lightning.cli.main import main
+from tests.pruned import four_heads, pruned
 from tests.toy import build, tiny
 
 
@@ -158,7 +160,8 @@ def test_refusals_are_one_line_each(
     for words, status, message in (
         (["export"], 2, "the following arguments are required: --ckpt_path, --format, --out"),
         (["import"], 2, "the following arguments are required: --from, --task, --backbone, --out"),
-        ([*export, "--format", "onnx"], 2, "format = 'onnx': must be one of adapterhub, peft, peft_lightning"),
+        ([*export, "--format", "ghost"], 2, "format = 'ghost': must be one of adapterhub, peft, peft_lightning"),
+        ([*export, "--format", "onnx"], 2, "format = 'onnx': SparseAdapterModule can be written as adapterhub, peft"),
         ([*export, "--form", "peft"], 2, "required: --format"),
         ([*export, "--format", "peft", "--ghost"], 2, "unrecognized arguments: --ghost"),
         ([*export, "--format", "peft", "--head", "maybe"], 2, "invalid choice: 'maybe'"),
@@ -177,6 +180,50 @@ def test_refusals_are_one_line_each(
     ):
         assert message in refused(*words, status=status, capsys=capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def pruned_model(tmp_path: Path) -> Path:
+    """An adapter folder of our own, of a module that Prune-LoRA trained."""
+    from peft_lightning.exchange import export_adapter
+
+    model: Any = build_backbone(BackboneConfig(**four_heads("roberta")))
+    model.save_pretrained(tmp_path / "whole")
+    export_adapter(pruned(str(tmp_path / "whole")), tmp_path / "pruned", format="peft_lightning")
+    return tmp_path / "pruned"
+
+
+@pytest.mark.parametrize("format", ["transformers", "peft"])
+def test_a_pruned_model_is_loaded_again(
+    format: str, pruned_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", "--ckpt_path", str(pruned_model), "--format", format]
+    backbone = None if format == "transformers" else tmp_path / "whole"
+    for head, kind in (("with", "RobertaForSequenceClassification"), ("without", "RobertaModel")):
+        main([*words, "--head", head, "--out", str(tmp_path / head)])
+        assert capsys.readouterr().out == f"wrote {tmp_path / head}\n"
+        assert type(load_pruned(tmp_path / head, backbone)).__name__ == kind
+    main([*words, "--out", str(tmp_path / "auto")])
+    assert ("the head stays behind" in capsys.readouterr().out) == (format == "peft")
+
+
+def test_refusals_of_a_pruned_model_are_one_line_each(
+    pruned_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = ["export", "--ckpt_path", str(pruned_model), "--out", str(tmp_path / "out"), "--format"]
+    for words, message in (
+        (["adapterhub"], "format = 'adapterhub': PruneLoRAModule can be written as peft, peft_lightning, transformers"),
+        (["onnx", "--head", "without"], "head = False: format = 'onnx' always has the head"),
+    ):
+        assert message in refused(*export, *words, status=2, capsys=capsys)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else find(name, *rest))
+    assert "format = 'onnx': needs onnx, not installed here" in refused(*export, "onnx", status=2, capsys=capsys)
+    assert not (tmp_path / "out").exists()
+    words = ["import", "--from", str(tmp_path / "lora"), "--task", "mrpc", "--backbone", "x", "--out", "y"]
+    main([*export[:-2], str(tmp_path / "lora"), "--format", "peft"])
+    capsys.readouterr()
+    assert "is LoRA for a pruned model" in refused(*words, status=2, capsys=capsys)
 
 
 @pytest.mark.parametrize("command", ["export", "import"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.files.foreign import ForeignAdapter
 from peft_lightning.files.hf_peft import read_peft, write_peft
 from peft_lightning.files.hf_peft_config import claimed_sites, target_modules
+from peft_lightning.files.hf_peft_patterns import rank_settings, whole_modules
 from peft_lightning.layers.adapters import AdapterConfig
 
 PLACES = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
@@ -314,3 +317,61 @@ def test_the_shortest_exact_names(places: tuple[str, ...], expected: list[str]) 
     written = target_modules(sites, set(LINEARS))
     assert sorted(written) == sorted(expected)
     assert claimed_sites({"target_modules": written, "prefix": ""}, LINEARS) == set(sites)
+
+
+RANKS = {f"layer.{i}.query": rank for i, rank in ((1, 4), (2, 8), (11, 4), (12, 2), (21, 8), (111, 4))}
+
+
+@pytest.mark.parametrize("prefix", ["", "bert.encoder."])
+def test_patterns_give_every_module_its_own_rank(prefix: str) -> None:
+    ranks = {f"{prefix}{path}": rank for path, rank in RANKS.items()}
+    settings = rank_settings(ranks, 0.75)
+    assert (settings["r"], settings["lora_alpha"]) == (4, 3)
+    for path, rank in ranks.items():
+        found = {
+            name: settings[f"{name}_pattern"].get(get_pattern_key(settings[f"{name}_pattern"], path), settings[usual])
+            for name, usual in (("rank", "r"), ("alpha", "lora_alpha"))
+        }
+        assert found == {"rank": rank, "alpha": rank * 0.75}
+        # a model inside of another one is not meant
+        assert get_pattern_key(settings["rank_pattern"], f"outer.{path}") == f"outer.{path}"
+    assert rank_settings({"a": 8, "b": 4}, 1 / 3) == {
+        "r": 4,
+        "lora_alpha": 4 / 3,
+        "rank_pattern": {"^a": 8},
+        "alpha_pattern": {"^a": 8 / 3},
+    }
+
+
+def test_whole_modules_are_named_so_that_no_other_is_meant() -> None:
+    modules = ["norm", "layers.0.input_layernorm", "layers.0.mlp", "layers.0.q_norm"]
+    norms = [path for path in modules if path.endswith("norm")]
+    assert whole_modules(norms, modules) == sorted(norms)
+    assert whole_modules([], modules) == []
+    with pytest.raises(CheckpointError, match=r"cannot name norm, ... without layers.0.input_layernorm, layers.0"):
+        whole_modules(["norm"], modules)
+
+
+def test_varied_ranks_and_norms_are_written(tmp_path: Path) -> None:
+    state = tensors()
+    small = {name: tensor for name, tensor in state.items() if name.startswith("encoder.layer.0.")}
+    state |= {name: tensor[:2] if name.endswith("A") else tensor[:, :2] for name, tensor in small.items()}
+    norm = {f"encoder.layer.0.output.LayerNorm.{kind}": torch.ones(8) for kind in ("weight", "bias")}
+    for head, prefix in ((None, ""), (HEAD, "roberta.")):
+        out = tmp_path / f"out{prefix}"
+        write_peft(out, adapter(tensors=state, head=head), [*LINEARS, "encoder.layer.0.output.LayerNorm"], norm)
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"]) == (2, 4)
+        sites = {f"{prefix}{name.partition('.loras')[0]}" for name in state if name not in small}
+        assert set(config["rank_pattern"]) == {f"^{re.escape(site)}" for site in sites}
+        assert set(config["rank_pattern"].values()) == {4} and set(config["alpha_pattern"].values()) == {8}
+        saved = [f"{prefix}encoder.layer.0.output.LayerNorm"]
+        assert config["modules_to_save"] == (saved if head is None else [*saved, "classifier"])
+        written = load_file(out / "adapter_model.safetensors")
+        assert f"base_model.model.{prefix}encoder.layer.0.output.LayerNorm.bias" in written
+
+
+def test_a_pruned_models_lora_is_not_read_as_a_whole_ones(folder: Path) -> None:
+    (folder / "pruned.json").write_text("{}")
+    with pytest.raises(UsageError, match="is LoRA for a pruned model; load_pruned.. gives the model, and PEFT adds"):
+        read_peft(folder)
