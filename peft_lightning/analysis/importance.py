@@ -120,14 +120,20 @@ def verdicts(report: Mapping[str, Any]) -> list[str]:
             continue
         mean = alike[name] = between["mean"]
         word = "signal" if mean >= _SIGNAL else "mostly noise" if mean < _NOISE else "signal and noise"
-        least = f"lowest of {len(between['pairs'])} pairs {between['least']:.2f}"
-        lines.append(f"{name}: rank correlation between seeds {mean:.2f} ({least}): {word}")
+        count = len(between["pairs"])
+        pairs = f"lowest of {count} pairs {between['least']:.2f}" if count > 1 else "one pair"
+        lines.append(f"{name}: rank correlation between seeds {mean:.2f} ({pairs}): {word}")
     for pair in report["between_tasks"]:
         one, other = pair["tasks"]
         line = f"{one} and {other}: rank correlation between tasks {pair['correlation']:.2f}"
         if pair["single_seeds"] is not None:
-            differ = pair["single_seeds"] < min(alike[one], alike[other]) - _MARGIN
-            word = "the tasks differ" if differ else "no less than between seeds, so the order is the backbone's"
+            seeds = min(alike[one], alike[other])
+            if seeds < _NOISE:
+                word = "the seeds do not agree, so nothing is known"
+            elif pair["single_seeds"] < seeds - _MARGIN:
+                word = "the tasks differ"
+            else:
+                word = "no less than between seeds, so the order is the backbone's"
             line += f", of single seeds {pair['single_seeds']:.2f}: {word}"
         lines.append(line)
     return lines
@@ -148,13 +154,13 @@ def _table(raw: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> list[dict[
 
 
 def _between_seeds(orders: Mapping[int, Tensor]) -> dict[str, Any] | None:
-    pairs = [
+    pairs: list[dict[str, Any]] = [
         {"seeds": [one, other], "correlation": rank_correlation(orders[one], orders[other])}
         for one, other in combinations(orders, 2)
     ]
     if not pairs:
         return None
-    values = [float(pair["correlation"]) for pair in pairs]
+    values = [pair["correlation"] for pair in pairs]
     return {"mean": sum(values) / len(values), "least": min(values), "pairs": pairs}
 
 

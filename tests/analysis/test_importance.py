@@ -147,6 +147,8 @@ def test_verdicts_tell_signal_from_noise() -> None:
     assert "lowest of 6 pairs" in lines[0]
     assert lines[1].endswith(": signal and noise") and lines[2].endswith(": mostly noise")
     assert len(lines) == 6
+    for line in lines[4:]:  # with wnli
+        assert line.endswith(": the seeds do not agree, so nothing is known")
 
 
 def test_verdicts_tell_the_task_from_the_backbone() -> None:
