@@ -1,27 +1,29 @@
 """Prune-LoRA: what it costs and what it learns (the paper's tables 1 to 4), beside LoRA and full fine-tuning.
 
-``--part speed`` times random encoders of two sizes; ``--part learn`` trains on real tasks, one JSON file a run, and
-goes on where it stopped. What the arms are: benchmarks/prune_arms.py. The number of an arm is the validation metric
-after its last epoch: no epoch is chosen by looking.
+``--part speed`` times random encoders of two sizes; ``--part importance`` asks whether the importance is signal;
+``--part learn`` trains on real tasks, one JSON file a run, and goes on where it stopped. What the arms are:
+benchmarks/prune_arms.py. The number of an arm is the validation metric after its last epoch: no epoch is chosen by
+looking.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks.prune_arms import SUITES, Suite
+from benchmarks.prune_importance import importance_table, measure_importances
 from benchmarks.prune_speed import measure
 from benchmarks.prune_table import accuracy_table, cost_tables, read_suite
 from benchmarks.runs import run_missing
 from benchmarks.script import CONSOLE, run
 from benchmarks.shared import ROOT, clean_environment
 from peft_lightning.errors import UsageError
-from peft_lightning.study.records import read_record, write_record
+from peft_lightning.study.records import RunRecord, read_record, write_record
 from peft_lightning.study.tables import write_generated
 
 __all__ = ["main"]
@@ -45,11 +47,13 @@ def _learned(suite: Suite, folder: Path, places: bool) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is asked for, then write the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prune", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--part", choices=["speed", "learn", "all"], default="all", help="default: %(default)s")
+    parser.add_argument(
+        "--part", choices=["speed", "importance", "learn", "all"], default="all", help="default: %(default)s"
+    )
     parser.add_argument("--suite", choices=list(SUITES), default="cpu", help="tasks of --part learn")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of --part learn")
     parser.add_argument("--encoder", help="folder or hub name of another encoder; its records go into --out")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch in --part speed")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="run nothing: tables from the records")
     parser.add_argument("--tiny", action="store_true", help="try it in a minute: toy data, random encoder, few steps")
     parser.add_argument("--allow-dirty", action="store_true", help="run with uncommitted changes; the records say so")
@@ -65,20 +69,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     places = not options.tiny and options.out is None
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     environment = {} if options.report else clean_environment(options.allow_dirty or options.tiny)
-    if options.part != "learn":
-        path = folder / "speed.json"
-        if not options.report:
-            torch.set_num_threads(options.threads)
-            write_record(path, measure(options.tiny, options.threads, environment))
-        text = cost_tables(read_record(path))
-        if places:
-            write_generated(_DOCUMENT, "prune-speed", text)
-        CONSOLE.print(text)
-    if options.part != "speed":
+    torch.set_num_threads(options.threads)
+    if options.part in ("speed", "all"):
+        record = _once("speed", folder, options, lambda: measure(options.tiny, options.threads, environment))
+        _show(cost_tables(record), "prune-speed", places)
+    if options.part in ("importance", "all"):
+        record = _once("importance", folder, options, lambda: measure_importances(options.tiny, environment, folder))
+        _show(_with_pictures(importance_table(record), folder, places), "prune-importance", places)
+    if options.part in ("learn", "all"):
         if not options.report:
             runs = suite.runs(tiny=options.tiny, device=options.device, encoder=options.encoder)
             run_missing(runs, folder, environment, CONSOLE)
         CONSOLE.print(_learned(suite, folder, places))
+
+
+def _once(part: str, folder: Path, options: argparse.Namespace, make: Callable[[], RunRecord]) -> RunRecord:
+    """The record of a part; made where it is not there, or where this part is asked for by name."""
+    path = folder / f"{part}.json"
+    if not options.report and (options.part == part or not path.is_file()):
+        write_record(path, make())
+    return read_record(path)
+
+
+def _show(text: str, section: str, places: bool) -> None:
+    if places:
+        write_generated(_DOCUMENT, section, text)
+    CONSOLE.print(text)
+
+
+def _with_pictures(text: str, folder: Path, places: bool) -> str:
+    """The text and links to the heatmaps, from the document's place."""
+    titles = {"heads-0.png": "random head", "heads-100.png": "head after 100 steps"}
+    links = (
+        [f"![{title}]({(folder / name).relative_to(_DOCUMENT.parent).as_posix()})" for name, title in titles.items()]
+        if places
+        else []
+    )
+    return "\n\n".join([text, *links])
 
 
 if __name__ == "__main__":

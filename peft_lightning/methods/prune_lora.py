@@ -34,6 +34,7 @@ from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.files.importance import importance_of, plain_importance, read_importance
 from peft_lightning.files.manifest import MANIFEST_KEY
 from peft_lightning.functional.heads import normalise
+from peft_lightning.functional.sparsify import DegenerateScoreError
 from peft_lightning.layers.importance import Importance, measure_importance
 from peft_lightning.layers.lora import LoRA
 from peft_lightning.layers.norms import backbone_norms, train_in_float32
@@ -257,7 +258,6 @@ class PruneLoRAModule(TaskModule):
         if self.plan is None:
             return base
         left = sum(p.numel() for name, p in self.backbone.named_parameters() if ".loras." not in name)
-        scores = {} if self.measured is None else normalise(self.measured.heads, self.importance.norm)
         return {
             **base,
             "parameters_left": left,
@@ -272,8 +272,18 @@ class PruneLoRAModule(TaskModule):
                 "lora_parameters": sum(p.numel() for lora in self.loras.values() for p in lora.parameters()),
             },
             "heads_kept": {path: list(kept) for path, kept in self.plan.heads.items()},
-            "importance": {path: tensor.tolist() for path, tensor in scores.items()},
+            "importance": self._final_scores(),
         }
+
+    def _final_scores(self) -> dict[str, list[float]]:
+        """The heads' importance as it ranks them; nothing where it was not measured, or ranks nothing."""
+        if self.measured is None:
+            return {}
+        try:
+            scores = normalise(self.measured.heads, self.importance.norm)
+        except DegenerateScoreError:  # the decisions followed something else, such as gates of blocks
+            return {}
+        return {path: tensor.tolist() for path, tensor in scores.items()}
 
     def lines(self) -> dict[str, str]:
         """What is left, and the ranks."""

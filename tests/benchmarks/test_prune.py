@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import prune
 from benchmarks.prune_arms import ARMS, SUITES, TUNED, one_rank
+from benchmarks.prune_importance import importance_table
 from benchmarks.prune_models import TIMED, timed_module
 from benchmarks.prune_table import accuracy_table, cost_tables, read_suite
 from peft_lightning import PruneLoRAModule
@@ -83,6 +84,19 @@ def test_tiny_speed(tmp_path: Path) -> None:
     assert total < record.results["minilm/parameters/lora"] == record.results["minilm/parameters/full"]
     assert f"| {total / 1e6:.2f} M |" in text
     assert record.results["minilm/flops/ffn"] < record.results["minilm/flops/prune"]
+
+
+def test_tiny_importance(tmp_path: Path, cache_dir: Path) -> None:
+    prune.main(["--part", "importance", "--tiny", "--threads", "1", "--out", str(tmp_path)])
+    record = read_record(tmp_path / "importance.json")
+    names = {"toy_sentiment", "toy_pairs", "toy_sentiment-toy_pairs"}
+    assert set(record.results) == {f"{steps}/{name}" for steps in (0, 100) for name in names}
+    assert all(-1 <= value <= 1 for value in record.results.values())
+    rows = _rows(importance_table(record))
+    pair = rows["toy_sentiment and toy_pairs, single seeds"]
+    assert pair["head after 100 steps"] == f"{record.results['100/toy_sentiment-toy_pairs']:.2f}"
+    assert rows["toy_pairs, between seeds"]["random head"] == f"{record.results['0/toy_pairs']:.2f}"
+    assert {path.name for path in tmp_path.glob("*.png")} == {"heads-0.png", "heads-100.png"}
 
 
 def test_tiny_learn(tmp_path: Path, cache_dir: Path) -> None:
