@@ -29,6 +29,7 @@ from peft_lightning.task_module import TaskModule
 __all__ = ["main", "measure"]
 
 _EXAMPLES, _AT_ONCE, _TOKENS = 100, 25, 64
+_MEMORY = {"train": tuple(TIMED), "infer": ("lora", "prune", "ffn")}
 
 
 def measure(tiny: bool, threads: int, environment: dict[str, Any]) -> RunRecord:
@@ -45,8 +46,8 @@ def measure(tiny: bool, threads: int, environment: dict[str, Any]) -> RunRecord:
         for what, timed in (("step", _steps), ("importance", _importance)):
             series |= {f"{shape}/{what}/{name}": values for name, values in timed(shape, turns, tiny).items()}
         words = ["benchmarks.prune_speed", *(["--tiny"] * tiny), "--threads", str(threads), "--memory", shape]
-        for kind in ("train", "infer"):
-            for name in TIMED if kind == "train" else ("lora", "prune", "ffn"):
+        for kind, names in _MEMORY.items():
+            for name in _chosen(names, kind, tiny):
                 series[f"{shape}/memory_{kind}/{name}"] = process_bytes([*words, kind, name], repeats)
     return RunRecord(
         name="prune_speed",
@@ -60,6 +61,11 @@ def measure(tiny: bool, threads: int, environment: dict[str, Any]) -> RunRecord:
         series=series,
         seconds=time.perf_counter() - started,
     )
+
+
+def _chosen(names: Sequence[str], kind: str, tiny: bool) -> Sequence[str]:
+    """Arms whose memory is measured; a process takes seconds to start, so a try-out has one."""
+    return names if not tiny else names[:1] if kind == "train" else ()
 
 
 def _sizes(shape: str, tiny: bool) -> dict[str, list[float]]:

@@ -97,7 +97,7 @@ def cost_tables(record: RunRecord) -> str:
         parts.append(markdown_table([_costs(record, shape, name) for name in _TIMED]))
     rows = []
     for what, one, other, goal in _RATIOS:
-        cells = {shape: f"{_ratio(record, f'{shape}/{one}', f'{shape}/{other}'):.3f}" for shape in shapes}
+        cells = {shape: _ratio(record, f"{shape}/{one}", f"{shape}/{other}") for shape in shapes}
         rows.append({"ratio": what, **cells, "goal": "" if goal is None else f"at most {goal}"})
     environment, config = record.environment, record.config
     changes = " with changes" if environment["dirty"] else ""
@@ -121,16 +121,23 @@ def _costs(record: RunRecord, shape: str, name: str) -> dict[str, str]:
         "parameters": f"{total / 1e6:.2f} M",
         "trained": f"{trained / 1e3:,.1f} K ({trained / total:.2%})",
         "GFLOP a text": f"{results[f'flops/{name}'] / 1e9:.2f}",
-        "memory of training": f"{results[f'memory_train/{name}'] / 2**20:.0f} MiB",
-        "of inference": f"{results[f'memory_infer/{deployed}'] / 2**20:.0f} MiB",
+        "memory of training": _mebibytes(results.get(f"memory_train/{name}")),
+        "of inference": _mebibytes(results.get(f"memory_infer/{deployed}")),
         "training step": f"{1e3 * results[f'step/{name}']:.0f} ms",
         "inference, 32 rows": f"{1e3 * results[f'infer32/{deployed}']:.0f} ms",
         "1 row": f"{1e3 * results[f'infer1/{deployed}']:.1f} ms",
     }
 
 
-def _ratio(record: RunRecord, one: str, other: str) -> float:
-    return median(a / b for a, b in zip(record.series[one], record.series[other], strict=True))
+def _mebibytes(count: float | None) -> str:
+    return "" if count is None else f"{count / 2**20:.0f} MiB"
+
+
+def _ratio(record: RunRecord, one: str, other: str) -> str:
+    """The median of the ratios turn by turn; nothing where a side was not measured."""
+    if not {one, other} <= record.series.keys():
+        return ""
+    return f"{median(a / b for a, b in zip(record.series[one], record.series[other], strict=True)):.3f}"
 
 
 def _values(found: Sequence[RunRecord]) -> list[float]:

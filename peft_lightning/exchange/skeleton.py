@@ -23,7 +23,7 @@ def classes_of(config: Any) -> dict[str, type]:
     """The bare model's class and the sequence classifier's, by name; only what transformers has for the model type."""
     from transformers import AutoModel, AutoModelForSequenceClassification
 
-    found = [auto._model_mapping.get(type(config)) for auto in (AutoModel, AutoModelForSequenceClassification)]
+    found = [auto._model_mapping.get(type(config), None) for auto in (AutoModel, AutoModelForSequenceClassification)]
     return {kind.__name__: kind for kind in found if kind is not None}
 
 

@@ -210,6 +210,13 @@ def test_the_compile_setting_trains_alike(method: type[MethodModule], tmp_path: 
     )
 
 
+# Decisions that do not depend on the batches.
+WITHOUT_DATA: dict[str, dict[str, Any]] = {
+    "SparseAdapterModule": {"prune": {"score": "magnitude"}},
+    "PruneLoRAModule": {"prune": {"order": "random"}, "lora": {"rank": 4, "high_rank": 4}},
+}
+
+
 @pytest.mark.parametrize("sized", [True, False])
 @pytest.mark.parametrize(("rows", "class_weights"), [(40, None), (41, None), (40, [1.0, 5.0])])
 @TASKS
@@ -220,8 +227,7 @@ def test_accumulation_equals_the_large_batch(
     content = toy_rows("toy_sentiment", "train", size=rows)
     # a large epsilon keeps Adam from blowing up differences of rounding in tiny gradients
     options: dict[str, Any] = {"optim": {"lr": 1e-3, "warmup": 0.0, "schedule": "constant", "eps": 1e-3}}
-    if hasattr(build(method), "prune"):
-        options["prune"] = {"score": "magnitude"}  # does not depend on the batches
+    options |= WITHOUT_DATA.get(method.__name__, {})
     ends = []
     for size, group in ((8, 2), (16, 1)):
         module = build(method, dropout=0.0, class_weights=class_weights, **options)

@@ -355,7 +355,7 @@ def test_whole_modules_are_named_so_that_no_other_is_meant() -> None:
 def test_varied_ranks_and_norms_are_written(tmp_path: Path) -> None:
     state = tensors()
     small = {name: tensor for name, tensor in state.items() if name.startswith("encoder.layer.0.")}
-    state |= {name: tensor[:2] if name.endswith("A") else tensor[:, :2] for name, tensor in small.items()}
+    state |= {name: (t[:2] if name.endswith("A") else t[:, :2]).contiguous() for name, t in small.items()}
     norm = {f"encoder.layer.0.output.LayerNorm.{kind}": torch.ones(8) for kind in ("weight", "bias")}
     for head, prefix in ((None, ""), (HEAD, "roberta.")):
         out = tmp_path / f"out{prefix}"

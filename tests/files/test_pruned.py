@@ -80,8 +80,8 @@ DAMAGES: list[tuple[dict[str, Any], str]] = [
     ({"sha256": {"../model.safetensors": "x"}}, "sha256 must give each file's digest"),
     ({"sha256": ["model.safetensors"]}, "sha256 must give each file's digest"),
     ({"plan": None}, "it does not say which heads were kept"),
-    ({"plan": {**PLAN.plain(), "heads": {"layer.0.attention": [-1]}}}, "heads 'layer.0.attention' in its plan"),
-    ({"plan": {**PLAN.plain(), "ranks": {"layer.0": "8"}}}, "ranks 'layer.0' in its plan is malformed"),
+    ({"plan": {**PLAN.plain(), "heads": {"layer.0.attention": [-1]}}}, "heads .*in its plan is malformed"),
+    ({"plan": {**PLAN.plain(), "ranks": {"layer.0": "8"}}}, "ranks .*in its plan is malformed"),
 ]
 
 
