@@ -90,10 +90,10 @@ class MethodModule(L.LightningModule, ABC):
             return
         with seeded_on_cpu(self.seed):
             self.build()
-        self.freeze()
+        self.train_declared()
         self._built = True
 
-    def freeze(self) -> None:
+    def train_declared(self) -> None:
         """Let what is declared train, and nothing else."""
         self.requires_grad_(False)
         for module in self.declared():

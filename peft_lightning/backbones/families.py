@@ -148,8 +148,8 @@ _DEBERTA = replace(
 
 
 def _projections(module: str, output: str, **more: Any) -> Attention:
-    maps = {name: f"{module}.{name[0]}_proj" for name in ("query", "key", "value")}
-    return Attention(module=module, **maps, output=f"{module}.{output}", **more)
+    query, key, value = (f"{module}.{name}_proj" for name in "qkv")
+    return Attention(module=module, query=query, key=key, value=value, output=f"{module}.{output}", **more)
 
 
 _BART = Family(

@@ -44,7 +44,7 @@ def gate_units(value: Tensor, gates: Tensor) -> Tensor:
     Returns:
         ``value``, through which ``gates`` get d loss / d xi ``[B, U]``. It can be differentiated once.
     """
-    result: Tensor = _Gate.apply(value, gates)  # type: ignore[no-untyped-call]
+    result: Tensor = _Gate.apply(value, gates)
     return result
 
 
@@ -56,7 +56,7 @@ class _Gate(torch.autograd.Function):
         return value_BLN.view_as(value_BLN)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, slope_BLN: Tensor) -> tuple[Tensor, Tensor]:
         (value_BLN,) = ctx.saved_tensors
         # d loss / d xi_u = sum over a unit's entries of entry times slope, at xi = 1

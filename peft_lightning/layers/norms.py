@@ -29,7 +29,7 @@ def train_in_float32(norm: nn.Module) -> None:
     if all(parameter.dtype == torch.float32 for parameter in norm.parameters()):
         return
     norm.float()
-    norm.keeps_dtype = keeps = _KeepsDtype()  # type: ignore[assignment]
+    norm.keeps_dtype = keeps = _KeepsDtype()
     norm.register_forward_pre_hook(keeps.before)
     norm.register_forward_hook(keeps.after)
 

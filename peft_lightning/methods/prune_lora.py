@@ -152,7 +152,7 @@ class PruneLoRAModule(TaskModule):
         with seeded_on_cpu(step_seed(self.seed, 1)):
             self.loras = apply_plan(self.backbone, plan, self.lora)
         self.plan = plan
-        self.freeze()
+        self.train_declared()
 
     # -- decisions -------------------------------------------------------------------------------------------
 

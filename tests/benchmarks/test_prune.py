@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_arms_differ_in_what_they_say() -> None:
     assert {name.partition("-")[0] for name, sample in samples.items() if sample} == {"sst2"}
     precise = {run.name.split("-")[2]: run.trial.precision for run in runs}
     assert precise == {name: "bf16-mixed" if name == "full" else "32-true" for name in precise}
-    modules = {run.name.split("-")[2]: run.build() for run in runs[:5]}
+    modules: dict[str, Any] = {run.name.split("-")[2]: run.build() for run in runs[:5]}
     for name in ("prune", "random"):
         assert isinstance(modules[name], PruneLoRAModule) and modules[name].lora == modules["prune"].lora
     assert not modules["lora"].lora.varied and modules["lora"].prune.heads == 0
@@ -67,11 +68,11 @@ def test_arms_differ_in_what_they_say() -> None:
 
 
 def test_timed_models_are_pruned_as_they_say() -> None:
-    heads = {name: timed_module("minilm", name, tiny=True) for name in TIMED if name != "full"}
-    kept = {name: sum(map(len, module.plan.heads.values())) for name, module in heads.items()}  # type: ignore[union-attr]
+    heads: dict[str, Any] = {name: timed_module("minilm", name, tiny=True) for name in TIMED if name != "full"}
+    kept = {name: sum(map(len, module.plan.heads.values())) for name, module in heads.items()}
     assert kept == {"lora": 8, "prune": 6, "ffn": 6}
-    assert heads["prune"].plan.ranks == heads["lora"].plan.ranks  # type: ignore[union-attr]
-    assert sum(map(len, heads["ffn"].plan.neurons.values())) == 128 - round(0.3 * 128)  # type: ignore[union-attr]
+    assert heads["prune"].plan.ranks == heads["lora"].plan.ranks
+    assert sum(map(len, heads["ffn"].plan.neurons.values())) == 128 - round(0.3 * 128)
 
 
 def test_tiny_speed(tmp_path: Path) -> None:

@@ -108,9 +108,12 @@ def test_ranks_are_summed_once() -> None:
     model = backbone("bert", {"num_attention_heads": 4}).double()
     whole = measured(model, batches(), neurons=True, blocks=True)
     messages: list[Tensor] = []
-    measure_importance(
-        model, losses(model), batches()[:1], reduce=lambda t: messages.append(t.clone()) or t, neurons=True, blocks=True
-    )
+
+    def send(tensor: Tensor) -> Tensor:
+        messages.append(tensor.clone())
+        return tensor
+
+    measure_importance(model, losses(model), batches()[:1], reduce=send, neurons=True, blocks=True)
     assert len(messages) == 1
     second = measure_importance(
         model, losses(model), batches()[1:], reduce=lambda t: t + messages[0], neurons=True, blocks=True

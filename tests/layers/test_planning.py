@@ -89,18 +89,19 @@ def test_random_heads_ignore_the_importance_and_ranks_do_not() -> None:
 
 
 def test_without_a_decision_no_importance_is_needed() -> None:
-    plain = {"rank": 4, "high_rank": 4}
+    plain: dict[str, Any] = {"rank": 4, "high_rank": 4}
     plan = decide(None, prune={"heads_to_prune": 0}, lora=plain)
     assert gone(plan) == [[], [], []] and set(plan.ranks.values()) == {4}
     assert sum(map(len, gone(decide(None, prune={"order": "random"}, lora=plain)))) == 4
-    for prune, lora, needed in (
+    cases: list[tuple[dict[str, Any], dict[str, Any], bool]] = [
         ({}, {}, True),
         ({"heads_to_prune": 0}, plain, False),
         ({"heads_to_prune": 0, "ffn_to_prune": 3}, plain, True),
         ({"heads_to_prune": 0}, {}, True),
         ({"order": "random"}, plain, False),
         ({"target": {"params": 0.9}}, plain, True),
-    ):
+    ]
+    for prune, lora, needed in cases:
         assert needs_importance(StructureConfig(**prune), RankConfig(**lora)) == needed
 
 

@@ -140,14 +140,15 @@ def test_nothing_is_touched_unless_all_of_it_fits() -> None:
     model = backbone("bert", {"num_attention_heads": 4})
     before = {name: p.clone() for name, p in model.named_parameters()}
     first, second = attention_sites(model)
-    for heads, neurons, message in (
+    wrong: list[tuple[dict[str, list[int]], dict[str, list[int]], str]] = [
         ({first: [0], second: [4]}, {}, rf"{second}: the heads to keep must be numbers from 0 to 3"),
         ({first: [0], second: [1, 0]}, {}, "each once, in order"),
         ({first: [0], second: [1, 1]}, {}, "each once, in order"),
         ({first: [0], second: [True]}, {}, "must be numbers"),
         ({first: [0], "encoder.layer.9.attention.self": [0]}, {}, "has no heads there; there are: encoder.layer.0"),
         ({first: [0]}, {"encoder.layer.1": [99]}, "the neurons to keep must be numbers from 0 to 31"),
-    ):
+    ]
+    for heads, neurons, message in wrong:
         with pytest.raises(UsageError, match=message):
             prune_units(model, heads, neurons)
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -252,7 +252,7 @@ def test_settings_that_the_file_decides(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_bad_input_prunes_nothing(options: dict[str, Any], message: str) -> None:
-    m = module(**options)
+    m: Any = module(**options)
     with pytest.raises(UsageError, match=message):
         trainer(max_steps=1).fit(m, datamodule=data())
     assert m.plan is None and not m.loras

@@ -6,7 +6,7 @@ Written from Michel et al. (2019) and the paper's equations 1 and 2; no hook or 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,9 @@ def slow_importance(
         batches: ``inputs`` and ``labels``.
         places: name -> path of the linear map that units enter, and their number.
     """
-    gated = {name: Gated(backbone.get_submodule(path), units) for name, (path, units) in places.items()}
+    gated = {
+        name: Gated(cast(nn.Linear, backbone.get_submodule(path)), units) for name, (path, units) in places.items()
+    }
     sums = {name: torch.zeros_like(part.gates) for name, part in gated.items()}
     for name, (path, _) in places.items():
         _put(backbone, path, gated[name])
