@@ -52,24 +52,17 @@ def write_onnx(folder: Path, module: PruneLoRAModule) -> list[str]:
         raise UsageError(
             f"format = 'onnx': needs {' and '.join(lacking)}, not installed here; pip install 'peft-lightning[onnx]'"
         )
-    model = plain_model(module, head=False)
+    model = plain_model(module, head=False, least=1)  # the format has no tensors of size 0
     answers = _Answers(model, copy.deepcopy(module.head).float().cpu()).eval()
     names = ["input_ids", "attention_mask"]
     takes_types = "token_type_ids" in inspect.signature(type(model).forward).parameters
     if takes_types and getattr(model.config, "type_vocab_size", 0) > 1:
         names.append("token_type_ids")
-    ids_BL = torch.ones(2, 6, dtype=torch.int64)
-    any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
         with _silent(), torch.no_grad():
+            traced = _traced(answers, names)
             program: Any = torch.onnx.export(
-                answers,
-                tuple(ids_BL if name != "token_type_ids" else ids_BL - 1 for name in names),
-                dynamo=True,
-                input_names=names,
-                output_names=["logits"],
-                dynamic_shapes=dict.fromkeys(names, any_size),
-                verbose=False,
+                traced, dynamo=True, input_names=names, output_names=["logits"], verbose=False
             )
             program.save(folder / _FILE)
     except Exception as error:  # the exporter raises many kinds for what it cannot take
@@ -80,6 +73,29 @@ def write_onnx(folder: Path, module: PruneLoRAModule) -> list[str]:
     written = [path.name for path in sorted(folder.iterdir()) if path.name.startswith(_FILE)]
     write_pruned(folder, record_of(module, "onnx", type(model).__name__), written)
     return notes
+
+
+def _traced(answers: nn.Module, names: list[str]) -> torch.export.ExportedProgram:
+    """The function as a graph, for any batch and length; another batch shows that nothing of the first one stays in it.
+
+    The example has padding: without any, transformers leaves the mask out.
+    """
+    any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    traced = torch.export.export(answers, _example(names, 2, 6, 2), dynamic_shapes=dict.fromkeys(names, any_size))
+    for shape in ((3, 9, 4), (2, 5, 0)):
+        example = _example(names, *shape)
+        torch.testing.assert_close(traced.module()(*example), answers(*example), rtol=1e-4, atol=1e-4)
+    return traced
+
+
+def _example(names: list[str], rows: int, length: int, padding: int) -> tuple[Tensor, ...]:
+    """Tokens 1, 2, ...; the last row ends in padding."""
+    ids_BL = torch.arange(1, rows * length + 1).view(rows, length) % 11 + 1
+    mask_BL = torch.ones_like(ids_BL)
+    if padding:
+        mask_BL[-1, -padding:] = 0
+    parts = {"input_ids": ids_BL, "attention_mask": mask_BL, "token_type_ids": torch.zeros_like(ids_BL)}
+    return tuple(parts[name] for name in names)
 
 
 class _Answers(nn.Module):

@@ -8,6 +8,7 @@ what our head does, it is that one; elsewhere it is the bare model, and the head
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,21 @@ __all__ = ["plain_model", "record_of", "write_lora", "write_model", "write_token
 _HEAD = "head.safetensors"
 
 
-def plain_model(module: PruneLoRAModule, *, head: bool) -> Any:
+def plain_model(module: PruneLoRAModule, *, head: bool, least: int = 0) -> Any:
     """A new, ordinary model that computes what a module does: pruned, LoRA folded in, float32, in evaluation mode.
 
     Args:
         module: has decided what goes; it is not changed. A backbone held in bfloat16 is converted first, so that sums
             are not rounded.
         head: whether it is the architecture's ``...ForSequenceClassification``, where that one computes the same.
+        least: 0, or 1: attentions that lost all heads get one of zeros, which changes nothing.
     """
     backbone: Any = module.backbone
-    config, plan = copy.deepcopy(backbone.config), module.plan
-    assert plan is not None
+    assert module.plan is not None
+    kept = {path: numbers or tuple(range(least)) for path, numbers in module.plan.heads.items()}
+    # ranks are LoRA's, which is gone
+    plan = replace(module.plan, heads=kept, ranks=dict.fromkeys(module.plan.ranks, 1))
+    config = copy.deepcopy(backbone.config)
     config.name_or_path, config.dtype = "", torch.float32
     state, names = _folded(module), _fitting_head(module) if head else {}
     if names:
@@ -49,6 +54,7 @@ def plain_model(module: PruneLoRAModule, *, head: bool) -> Any:
     if names:
         state = {f"{model.base_model_prefix}.{name}": tensor for name, tensor in state.items()}
         state |= {names[ours]: tensor for ours, tensor in _trained_head(module).items()}
+    state |= {name: torch.zeros_like(t) for name, t in model.state_dict().items() if not state[name].numel()}
     model.load_state_dict(state)
     model.config.architectures = [type(model).__name__]
     return model
