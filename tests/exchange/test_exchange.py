@@ -218,9 +218,7 @@ def test_our_own_folder_takes_the_room_it_may_take(kind: str, tmp_path: Path) ->
 
 def test_options_that_are_refused(tmp_path: Path) -> None:
     module = pruned()
-    with pytest.raises(
-        UsageError, match="'ghost': must be one of adapterhub, peft, peft_lightning, transformers"
-    ):
+    with pytest.raises(UsageError, match="'ghost': must be one of adapterhub, peft, peft_lightning, transformers"):
         export_adapter(module, tmp_path / "a", format="ghost")
     with pytest.raises(UsageError, match="'onnx': SparseAdapterModule can be written as adapterhub, peft, peft_light"):
         export_adapter(module, tmp_path / "a", format="onnx")

@@ -23,7 +23,7 @@ from tests.pruned import HEADS, four_heads, pruned
 ort: Any = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-SOME = ("bert", "roberta", "deberta-v2", "llama")
+SOME = ("bert", "deberta-v2", "llama")  # roberta: below
 CASES = [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in HEADS]
 
 
@@ -75,7 +75,7 @@ def test_onnxruntime_gives_the_modules_logits(
 
 
 def test_a_layer_without_heads(tmp_path: Path) -> None:
-    m = pruned(four_heads("bert"), heads={1: ()}, head="linear")
+    m = pruned(four_heads("roberta"), heads={1: ()}, head="linear")
     export_adapter(m, tmp_path / "out", format="onnx")
     assert_same(m, tmp_path / "out")
 

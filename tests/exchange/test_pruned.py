@@ -397,24 +397,28 @@ def test_other_tensors(change: Any, message: str, exported: Path, tmp_path: Path
         load_pruned(folder)
 
 
-def test_other_plans(exported: Path, tmp_path: Path) -> None:
-    plan = json.loads((exported / "pruned.json").read_text())["plan"]
-    path = "encoder.layer.0.attention.self"
-    for number, (changes, message) in enumerate(
-        (
-            ({"heads": {**plan["heads"], path: [0, 9]}}, "the heads to keep must be numbers from 0 to 3"),
-            ({"heads": {**plan["heads"], path: [0, 1, 2]}}, "different 7: bert.encoder.layer.0.attention.output.dense"),
-            ({"units": {**plan["units"], path: 5}}, "the plan is for attentions with heads"),
-            ({"heads": {path: [0]}}, "the plan is for attentions with heads"),
-            ({"neurons": {}, "inner": {}}, "different 6: bert.encoder.layer.0.intermediate.dense"),
-            ({"ranks": {}}, "the plan has ranks for"),
-            ({"ranks": 3}, "damaged .ranks"),
-        )
-    ):
-        folder = copied(exported, tmp_path / str(number))
-        edit(folder / "pruned.json", plan={**plan, **changes})
-        with pytest.raises(CheckpointError, match=message):
-            load_pruned(folder)
+ATTENTION = "encoder.layer.0.attention.self"
+PLANS: list[tuple[dict[str, Any], str]] = [
+    ({"heads": {ATTENTION: [0, 9]}}, "the heads to keep must be numbers from 0 to 3"),
+    ({"heads": {ATTENTION: [0, 1, 2]}}, "different 7: bert.encoder.layer.0.attention.output.dense"),
+    ({"units": {ATTENTION: 5}}, "the plan is for attentions with heads"),
+    ({"heads": {"ghost": [0]}}, "the plan is for attentions with heads"),
+    ({"neurons": {"encoder.layer.0": "80000000"}}, "different 3: bert.encoder.layer.0.intermediate.dense"),
+    ({"neurons": {"encoder.layer.0": "8000000"}}, "damaged .neurons in its plan must be 8 hex digits"),
+    ({"neurons": {"encoder.layer.0": "8"}, "inner": {"encoder.layer.0": 4}}, "the plan is for layers with neurons"),
+    ({"ranks": {"ghost": 1}}, "the plan has ranks for"),
+    ({"ranks": {"encoder.layer.0": 99}}, "rank 99 for .*query: must be from 1 to 8, its smaller dimension"),
+    ({"ranks": {"encoder.layer.0": "one"}}, "damaged .ranks"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), PLANS, ids=str)
+def test_other_plans(changes: dict[str, Any], message: str, exported: Path, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path)
+    plan = json.loads((folder / "pruned.json").read_text())["plan"]
+    edit(folder / "pruned.json", plan={**plan, **{name: {**plan[name], **more} for name, more in changes.items()}})
+    with pytest.raises(CheckpointError, match=message):
+        load_pruned(folder)
 
 
 def copied(folder: Path, place: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_lightning.errors import CheckpointError, UsageError
+from peft_lightning.files import hf_peft, hf_peft_patterns
 from peft_lightning.files.foreign import ForeignAdapter
 from peft_lightning.files.hf_peft import read_peft, write_peft
 from peft_lightning.files.hf_peft_config import claimed_sites, target_modules
@@ -375,3 +377,8 @@ def test_a_pruned_models_lora_is_not_read_as_a_whole_ones(folder: Path) -> None:
     (folder / "pruned.json").write_text("{}")
     with pytest.raises(UsageError, match="is LoRA for a pruned model; load_pruned.. gives the model, and PEFT adds"):
         read_peft(folder)
+
+
+def test_examples_in_the_docstrings() -> None:
+    for module in (hf_peft, hf_peft_patterns):
+        assert doctest.testmod(module).attempted and not doctest.testmod(module).failed
