@@ -98,6 +98,9 @@ def _config(folder: Path, record: PrunedRecord) -> Any:
         raise CheckpointError(f"{path}: is no configuration ({first_line(error)})") from None
     shape = {name: value for name, value in record.backbone.items() if name != "weights"}
     check_fingerprint(shape, {name: getattr(config, name, None) for name in shape}, str(path))
+    depth = sum(getattr(config, count) for _, count in FAMILIES[model_type].stacks)
+    if depth != len(record.plan.ranks):  # before so many are built
+        raise CheckpointError(f"{path}: has {depth} layers, the plan in {folder} {len(record.plan.ranks)}")
     return config
 
 

@@ -369,6 +369,15 @@ def test_another_configuration(changes: dict[str, Any], message: str, exported: 
         load_pruned(folder)
 
 
+def test_more_layers_than_can_be_built(exported: Path, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path)
+    backbone = json.loads((folder / "pruned.json").read_text())["backbone"]
+    edit(folder / "pruned.json", backbone={**backbone, "num_hidden_layers": 10**12})
+    edit(folder / "config.json", num_hidden_layers=10**12)
+    with pytest.raises(CheckpointError, match="config.json: has 1000000000000 layers, the plan in .* 2"):
+        load_pruned(folder)
+
+
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 
 

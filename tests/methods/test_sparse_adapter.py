@@ -373,7 +373,7 @@ def test_nothing_to_score_on() -> None:
         ({"adapter": {"ghost": 1}}, "AdapterConfig: .*ghost"),
         (
             {"backbone": {**tiny(), "config": {"model_type": "gpt2"}}},
-            "backbone of type 'gpt2': adapters know",
+            "backbone of type 'gpt2': adapters and pruning know",
         ),
     ],
 )
