@@ -106,9 +106,9 @@ def _config(folder: Path, record: PrunedRecord) -> Any:
 
 def _base(folder: Path, record: PrunedRecord, given: Any) -> Any:
     """The pruned backbone before LoRA, under a new head where the folder has a trained one."""
-    setting, seed = _setting(folder, record, given)
+    seed = record.source["seed"] % 2**63
     with seeded_on_cpu(seed):
-        backbone: Any = build_backbone(setting)
+        backbone: Any = build_backbone(_setting(folder, record, given))
     check_fingerprint(record.backbone, fingerprint(backbone), str(folder))
     classes = classes_of(backbone.config)
     if record.model_class not in classes:
@@ -130,23 +130,15 @@ def _base(folder: Path, record: PrunedRecord, given: Any) -> Any:
     return model.eval()
 
 
-def _setting(folder: Path, record: PrunedRecord, given: Any) -> tuple[BackboneConfig, int]:
-    """Which backbone to build, and the seed for one of random weights."""
+def _setting(folder: Path, record: PrunedRecord, given: Any) -> BackboneConfig:
+    """Which backbone to build."""
     source: Mapping[str, Any] = record.source
-    try:
-        seed, dtype = int(source["seed"]), source["dtype"]
-        if isinstance(given, str | Path):
-            return BackboneConfig(name=str(given), dtype=dtype), seed
-        if given is not None:
-            return as_backbone_config(given), seed
-        recorded = {name: source[name] for name in ("name", "config", "revision", "dtype")}
-        if source["folder"] and not Path(recorded["name"]).is_dir():
-            raise UsageError(
-                f"backbone: {folder} was made on a folder named {recorded['name']!r}; say where it is (backbone=...)"
-            )
-        # a backbone of random weights is built without a tokenizer, which only texts need
-        return BackboneConfig(**recorded), seed
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        if given is not None or isinstance(error, UsageError):
-            raise
-        raise CheckpointError(f"{folder}: damaged (it does not say which backbone it was made on)") from None
+    if isinstance(given, str | Path):
+        return BackboneConfig(name=str(given), dtype=source["dtype"])
+    if given is not None:
+        return as_backbone_config(given)
+    if source["folder"] and not Path(str(source["name"])).is_dir():
+        raise UsageError(
+            f"backbone: {folder} was made on a folder named {source['name']!r}; say where it is (backbone=...)"
+        )
+    return BackboneConfig(**{name: source[name] for name in ("name", "config", "revision", "dtype")})

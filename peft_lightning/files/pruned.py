@@ -24,10 +24,18 @@ __all__ = ["PRUNED_FILE", "PrunedRecord", "check_digests", "read_pruned", "write
 PRUNED_FILE = "pruned.json"
 """Name of the file; a folder that has it is a pruned model's."""
 
-_FORMAT = 1
+_FORMAT, _MOST_OUTPUTS = 1, 1_000_000
 # What a folder of each kind cannot be without.
 _TENSORS = {"model": ("model.safetensors",), "adapter": (), "onnx": ("model.onnx",)}
 _TYPES: dict[str, type] = {"model_class": str, "outputs": int, "labels": list, "backbone": dict, "source": dict}
+_SOURCE: dict[str, tuple[type, ...]] = {
+    "name": (str, type(None)),
+    "folder": (bool,),
+    "config": (dict, type(None)),
+    "revision": (str, type(None)),
+    "dtype": (str,),
+    "seed": (int,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +49,8 @@ class PrunedRecord:
         outputs: number of the head's outputs.
         labels: the classes in the order of the outputs; empty where the task has none.
         backbone: fingerprint of the whole backbone.
-        source: where the backbone came from (settings of ``BackboneConfig``, ``seed``, and ``folder``: whether the
-            name is that of a folder, whose place is not told).
+        source: where the backbone came from: settings of ``BackboneConfig``, ``seed``, and ``folder``: whether the name
+            is that of a folder, whose place is not told.
         sha256: name of a file beside -> its digest.
     """
 
@@ -52,7 +60,7 @@ class PrunedRecord:
     outputs: int
     labels: tuple[str, ...]
     backbone: Mapping[str, Any]
-    source: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any]
     sha256: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -91,6 +99,11 @@ def read_pruned(folder: Path) -> PrunedRecord:
     for key, wanted in _TYPES.items():
         if type(content.get(key)) is not wanted:
             raise CheckpointError(f"{path}: damaged ({key} must be of type {wanted.__name__})")
+    if not 1 <= content["outputs"] <= _MOST_OUTPUTS:
+        raise CheckpointError(f"{path}: damaged (outputs must be from 1 to {_MOST_OUTPUTS})")
+    source = content["source"]
+    if source.keys() != _SOURCE.keys() or not all(type(source[key]) in kinds for key, kinds in _SOURCE.items()):
+        raise CheckpointError(f"{path}: damaged (source must say {', '.join(_SOURCE)})")
     digests = content.get("sha256")
     if not isinstance(digests, dict) or not all(_is_digest(name, value) for name, value in digests.items()):
         raise CheckpointError(f"{path}: damaged (sha256 must give each file's digest)")

@@ -415,7 +415,7 @@ PLANS: list[tuple[dict[str, Any], str]] = [
     ({"neurons": {"encoder.layer.0": "80000000"}}, "different 3: bert.encoder.layer.0.intermediate.dense"),
     ({"neurons": {"encoder.layer.0": "8000000"}}, "damaged .neurons in its plan must be 8 hex digits"),
     ({"neurons": {"encoder.layer.0": "8"}, "inner": {"encoder.layer.0": 4}}, "the plan is for layers with neurons"),
-    ({"ranks": {"ghost": 1}}, "the plan has ranks for"),
+    ({"ranks": {"ghost": 1}}, "has 2 layers, the plan in .* 3"),
     ({"ranks": {"encoder.layer.0": 99}}, "rank 99 for .*query: must be from 1 to 8, its smaller dimension"),
     ({"ranks": {"encoder.layer.0": "one"}}, "damaged .ranks"),
 ]

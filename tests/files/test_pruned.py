@@ -26,7 +26,7 @@ RECORD = PrunedRecord(
     outputs=2,
     labels=("no", "yes"),
     backbone={"model_type": "bert", "weights": "abc"},
-    source={"name": "tiny", "seed": 1},
+    source={"name": "tiny", "folder": True, "config": None, "revision": None, "dtype": "float32", "seed": 1},
 )
 
 
@@ -72,9 +72,12 @@ DAMAGES: list[tuple[dict[str, Any], str]] = [
     ({"kind": []}, "kind = .*: must be one of model"),
     ({"model_class": None}, "model_class must be of type str"),
     ({"outputs": True}, "outputs must be of type int"),
+    ({"outputs": 10**12}, "outputs must be from 1 to 1000000"),
     ({"labels": "no"}, "labels must be of type list"),
     ({"backbone": 3}, "backbone must be of type dict"),
     ({"source": []}, "source must be of type dict"),
+    ({"source": {"name": "tiny"}}, "source must say name, folder, config, revision, dtype, seed"),
+    ({"source": {**RECORD.source, "seed": None}}, "source must say name, folder"),
     ({"sha256": {}}, "it has no digest of model.safetensors"),
     ({"sha256": {"model.safetensors": 3}}, "sha256 must give each file's digest"),
     ({"sha256": {"../model.safetensors": "x"}}, "sha256 must give each file's digest"),
