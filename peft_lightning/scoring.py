@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,7 +13,7 @@ from peft_lightning.errors import UsageError
 from peft_lightning.functional.gradients import mean_gradients
 from peft_lightning.task_module import TaskModule
 
-__all__ = ["first_batches", "over_ranks", "warm_up"]
+__all__ = ["first_batches", "over_ranks", "teach_head", "warm_up"]
 
 
 def first_batches(module: TaskModule, count: int) -> Iterator[Mapping[str, Any]]:
@@ -35,13 +35,19 @@ def over_ranks(module: TaskModule, value: Tensor) -> Tensor:
 
 
 def warm_up(
-    module: TaskModule, parameters: Mapping[str, nn.Parameter], batches: Sequence[Any], steps: int, option: str
+    module: TaskModule,
+    parameters: Mapping[str, nn.Parameter],
+    batch_loss: Callable[[Any], tuple[Tensor, Tensor]],
+    batches: Sequence[Any],
+    steps: int,
+    option: str,
 ) -> None:
     """Some steps of Adam at a constant rate, without dropout; call it with the module held still.
 
     Args:
-        module: gives the loss and the optimiser's settings.
+        module: gives the optimiser's settings.
         parameters: what the steps change.
+        batch_loss: batch -> (sum of its examples' losses, sum of their weights).
         batches: gone through again and again.
         steps: how many.
         option: what asked for them, for the message.
@@ -55,8 +61,29 @@ def warm_up(
     optimizer = torch.optim.Adam(parameters.values(), lr=optim.lr, betas=optim.betas, eps=optim.eps)
     for step in range(steps):
         batch = [batches[step % len(batches)]]
-        gradients = mean_gradients(module.batch_loss, parameters, batch, lambda value: over_ranks(module, value))
+        gradients = mean_gradients(batch_loss, parameters, batch, lambda value: over_ranks(module, value))
         for name, parameter in parameters.items():
             parameter.grad = gradients[name]
         optimizer.step()
     optimizer.zero_grad()
+
+
+def teach_head(module: TaskModule, batches: Sequence[Mapping[str, Any]], steps: int, option: str) -> None:
+    """Steps of Adam on the head alone; call it with the module held still.
+
+    Args:
+        module: its backbone reads every batch once, since what the head reads does not change meanwhile.
+        batches: on the module's device.
+        steps: how many.
+        option: what asked for them, for the message.
+
+    Raises:
+        UsageError: if there is no batch.
+    """
+    with torch.no_grad():
+        read = [(module.states(batch["inputs"]), batch["labels"]) for batch in batches]
+
+    def loss(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return module.kind.loss(module.head(pair[0]), pair[1], module.class_weights)
+
+    warm_up(module, dict(module.head.named_parameters()), loss, read, steps, option)

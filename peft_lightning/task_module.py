@@ -178,13 +178,17 @@ class TaskModule(MethodModule):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Tokenizer outputs, each int64 ``[B, L]`` -> fp32 logits ``[B, C]``."""
+        return cast(Tensor, self.head(self.states(inputs)))
+
+    def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Tokenizer outputs, each int64 ``[B, L]`` -> what the head reads: ``[B, L, H]``; ``[B, 1, H]`` of the last."""
         known = {name: tensor for name, tensor in inputs.items() if name in self._input_names}
         hidden_BLH = self.backbone(**known).last_hidden_state
         if self._pooling == "last":
             mask_BL = inputs["attention_mask"]
             last_B = (mask_BL * torch.arange(1, mask_BL.shape[1] + 1, device=mask_BL.device)).argmax(dim=1)
             hidden_BLH = hidden_BLH[torch.arange(len(last_B), device=last_B.device), last_B].unsqueeze(1)
-        return cast(Tensor, self.head(hidden_BLH))
+        return cast(Tensor, hidden_BLH)
 
     def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum of the losses of a batch's rows and sum of their weights, fp32 scalars."""

@@ -42,7 +42,7 @@ from peft_lightning.layers.plan import PrunePlan, apply_plan
 from peft_lightning.layers.planning import decide_plan, needs_importance
 from peft_lightning.layers.prune_config import ImportanceConfig, RankConfig, StructureConfig
 from peft_lightning.layers.still import held_still
-from peft_lightning.scoring import first_batches, over_ranks, warm_up
+from peft_lightning.scoring import first_batches, over_ranks, teach_head
 from peft_lightning.seeding import seeded_on_cpu, step_seed
 from peft_lightning.settings import OptimConfig, as_config
 from peft_lightning.task_module import TaskModule
@@ -167,9 +167,7 @@ class PruneLoRAModule(TaskModule):
         """
         with held_still(self):
             if self.importance.classifier_steps:
-                parameters = dict(self.head.named_parameters())
-                steps = self.importance.classifier_steps
-                warm_up(self, parameters, batches, steps, "importance.classifier_steps")
+                teach_head(self, batches, self.importance.classifier_steps, "importance.classifier_steps")
             return measure_importance(
                 self.backbone,
                 self.batch_loss,

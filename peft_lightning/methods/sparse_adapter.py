@@ -271,7 +271,7 @@ class SparseAdapterModule(TaskModule):
             fill_zeros_(weights, self.adapter.init_std, self.seed)
         elif self.prune.score_init == "warmup":
             option = "prune.score_init = 'warmup'"
-            warm_up(self, self.trainable_parameters(), batches, self.prune.warmup_steps, option)
+            warm_up(self, self.trainable_parameters(), self.batch_loss, batches, self.prune.warmup_steps, option)
         if self.prune.score == "magnitude":
             return {name: magnitude(weight) for name, weight in weights.items()}
         if self.prune.score == "snip":

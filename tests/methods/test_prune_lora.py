@@ -17,6 +17,7 @@ from peft_lightning.files.importance import write_importance
 from peft_lightning.files.manifest import MANIFEST_KEY
 from peft_lightning.layers.norms import backbone_norms
 from peft_lightning.layers.planning import decide_plan
+from peft_lightning.scoring import teach_head, warm_up
 from tests.families import backbone_setting
 from tests.toy import build, data, tiny, trainer
 
@@ -79,6 +80,26 @@ def test_the_classifier_may_learn_first() -> None:
         m.configure_model()
     one, other = (torch.cat(list(m.measure(batches(2)).heads.values())) for m in (cold, warm))
     assert (one - other).abs().max() > 0.1 * one.mean()
+
+
+def test_teaching_the_head_is_training_it_alone() -> None:
+    """What the head reads is kept, so the steps must be those of the whole model."""
+    short, whole = (module(importance={"classifier_steps": 7}) for _ in range(2))
+    for m in (short, whole):
+        m.configure_model()
+        m.eval()
+    teach_head(short, batches(2), 7, "steps")
+    parameters = dict(whole.head.named_parameters())
+    warm_up(whole, parameters, whole.batch_loss, batches(2), 7, "steps")
+    for name, parameter in short.head.named_parameters():
+        assert_close(parameter, parameters[name])
+    assert any((p - q).abs().max() > 1e-3 for p, q in zip(parameters.values(), module_head(), strict=True))
+
+
+def module_head() -> list[torch.Tensor]:
+    fresh = module()
+    fresh.configure_model()
+    return list(fresh.head.parameters())
 
 
 def test_what_trains_is_lora_norms_and_head() -> None:
