@@ -20,9 +20,8 @@ from benchmarks.prune_importance import importance_table, measure_importances
 from benchmarks.prune_speed import measure
 from benchmarks.prune_table import accuracy_table, cost_tables, read_suite
 from benchmarks.runs import run_missing
-from benchmarks.script import CONSOLE, run
+from benchmarks.script import CONSOLE, run, suite_options
 from benchmarks.shared import ROOT, clean_environment
-from peft_lightning.errors import UsageError
 from peft_lightning.study.records import RunRecord, read_record, write_record
 from peft_lightning.study.tables import write_generated
 
@@ -50,20 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--part", choices=["speed", "importance", "learn", "all"], default="all", help="default: %(default)s"
     )
-    parser.add_argument("--suite", choices=list(SUITES), default="cpu", help="tasks of --part learn")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of --part learn")
-    parser.add_argument("--encoder", help="folder or hub name of another encoder; its records go into --out")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
-    parser.add_argument("--report", action="store_true", help="run nothing: tables from the records")
-    parser.add_argument("--tiny", action="store_true", help="try it in a minute: toy data, random encoder, few steps")
-    parser.add_argument("--allow-dirty", action="store_true", help="run with uncommitted changes; the records say so")
-    parser.add_argument("--out", type=Path, help="folder of the records; the documents stay as they are")
-    options = parser.parse_args(arguments)
+    options = suite_options(parser, SUITES, "cpu", arguments)
     suite = SUITES[options.suite]
-    if suite.name == "gpu" and options.device != "cuda" and not (options.tiny or options.report):
-        raise UsageError(f"--device {options.device}: the suite gpu needs cuda, or --tiny")
-    if options.encoder and not options.out:
-        raise UsageError(f"--encoder {options.encoder}: give --out too, a folder of its own for another encoder")
     tiny = ROOT / "runs" / "bench-tiny" / f"prune-{suite.name}"
     folder: Path = options.out or (tiny if options.tiny else _FOLDERS[suite.name])
     places = not options.tiny and options.out is None

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.runs import run_missing
-from benchmarks.script import CONSOLE, run
+from benchmarks.script import CONSOLE, run, suite_options
 from benchmarks.shared import ROOT, clean_environment
 from benchmarks.sparse_arms import SUITES, Suite
 from benchmarks.sparse_table import FIGURES, read_task, sparse_table, tasks_table, write_figures
-from peft_lightning.errors import UsageError
 from peft_lightning.study.tables import write_generated
 
 __all__ = ["main", "report"]
@@ -51,19 +50,8 @@ def report(suite: Suite, folder: Path, places: bool) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then write tables and figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--suite", choices=list(SUITES), default="mrpc", help="which comparison (default: %(default)s)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
-    parser.add_argument("--encoder", help="folder or hub name of another encoder; its records go into --out")
-    parser.add_argument("--report", action="store_true", help="run nothing: tables and figures from the records")
-    parser.add_argument("--tiny", action="store_true", help="try it in a minute: toy data, random encoder, few steps")
-    parser.add_argument("--allow-dirty", action="store_true", help="run with uncommitted changes; the records say so")
-    parser.add_argument("--out", type=Path, help="folder of records and figures; the documents stay as they are")
-    options = parser.parse_args(arguments)
+    options = suite_options(parser, SUITES, "mrpc", arguments)
     suite = SUITES[options.suite]
-    if suite.name == "gpu" and options.device != "cuda" and not (options.tiny or options.report):
-        raise UsageError(f"--device {options.device}: the suite gpu needs cuda, or --tiny")
-    if options.encoder and not options.out:
-        raise UsageError(f"--encoder {options.encoder}: give --out too, a folder of its own for another encoder")
     tiny = ROOT / "runs" / "bench-tiny" / f"sparse-{suite.name}"
     folder: Path = options.out or (tiny if options.tiny else _FOLDERS[suite.name])
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
