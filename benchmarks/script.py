@@ -13,7 +13,7 @@ from peft_lightning.errors import PeftLightningError, UsageError
 
 __all__ = ["CONSOLE", "run", "suite_options"]
 
-CONSOLE = Console(highlight=False, soft_wrap=True)
+CONSOLE = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def suite_options(

@@ -79,7 +79,7 @@ def _parser() -> ToolParser:
         "--classifier_steps",
         type=int,
         default=0,
-        help="steps on the classifier alone before measuring; a random one gives random slopes",
+        help="steps on the classifier alone before measuring, which otherwise is a random one",
     )
     parser.add_argument("--lr", type=float, default=1e-3, help="rate of these steps")
     parser.add_argument(

@@ -23,8 +23,8 @@ class ImportanceConfig:
         norm: layer (L2 norm over the heads of each layer) or all (over all heads; their order stays as measured).
         blocks: a block's importance: normalised (the mean of its heads' final importance), raw (the sum of its heads'
             before it is normalised), or gate (of one gate on all that the block adds).
-        classifier_steps: steps of Adam on the head alone before measuring, at the optimiser's rate; from a random head
-            come random slopes. Training starts from the initial values in any case.
+        classifier_steps: steps of Adam on the head alone before measuring, at the optimiser's rate: slopes are those of
+            the loss under this head. Training starts from the initial values in any case.
         file: the importance.json of an earlier measurement, on the same backbone; nothing is measured then.
 
     Raises:
