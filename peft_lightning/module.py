@@ -40,8 +40,8 @@ class MethodModule(L.LightningModule, ABC):
     def __init__(self, *, optim: OptimConfig | Mapping[str, Any], seed: int) -> None:
         super().__init__()
         self.optim = as_config(OptimConfig, optim)
-        if type(seed) is not int or seed < 0:
-            raise UsageError(f"seed = {seed!r}: must be a whole number, at least 0")
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise UsageError(f"seed = {seed!r}: must be a whole number, at least 0 and below 2**63")
         self.seed = seed
         self.strict_loading = False  # the frozen backbone is not in our files; check_tensors is strict on the rest
         self.backbone_fingerprint: dict[str, Any] = {}

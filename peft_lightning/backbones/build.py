@@ -154,7 +154,7 @@ def _build(config: BackboneConfig, auto: Any, tokenizer: Any) -> tuple[nn.Module
         if config.attention != "auto":
             hf_config._attn_implementation = config.attention
         if config.config is not None:
-            return model_class(hf_config, **extra).to(DTYPES[config.dtype]), []
+            return _held_in(model_class(hf_config, **extra), DTYPES[config.dtype]), []
         with quiet():
             model, loading = model_class.from_pretrained(
                 config.name,
@@ -168,6 +168,13 @@ def _build(config: BackboneConfig, auto: Any, tokenizer: Any) -> tuple[nn.Module
     except (OSError, ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
         what = f"backbone.name = {config.name!r}" if config.name else f"backbone.config = {config.config}"
         raise UsageError(f"{what}: cannot be built ({first_line(error)})") from error
+
+
+def _held_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Parameters in a dtype; buffers stay, as they do in a pretrained model (rotary frequencies lose by rounding)."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _refuse_lacking(config: BackboneConfig, names: list[str]) -> None:

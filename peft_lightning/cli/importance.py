@@ -100,9 +100,10 @@ def _tasks(words: str) -> list[str]:
 
 def _seeds(words: str) -> list[int]:
     parts = words.split(",")
-    if not all(part.isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
-        raise UsageError(f"seeds = {words!r}: must be whole numbers of at least 0, each once, as 42,43")
-    return [int(part) for part in parts]
+    numbers = [int(part) for part in parts if part.isdecimal()]
+    if len(set(numbers)) < len(parts) or not all(number < 2**63 for number in numbers):
+        raise UsageError(f"seeds = {words!r}: must be whole numbers from 0 to 2**63 - 1, each once, as 42,43")
+    return numbers
 
 
 def _measure(settings: Any, given: argparse.Namespace) -> tuple[dict[str, dict[int, Any]], Any, dict[str, Any]]:

@@ -48,8 +48,8 @@ def _export(words: list[str]) -> None:
         "--head",
         choices=("auto", "with", "without"),
         default="auto",
-        help="whether the classification head goes along; auto: to AdapterHub if it was trained, to PEFT not, and with "
-        "a pruned model always",
+        help="whether the classification head goes along; auto: to AdapterHub if it was trained, to PEFT not, with a "
+        "whole pruned model (transformers, onnx) always",
     )
     given = parser.parse_args(words)
     from peft_lightning.exchange import export_adapter

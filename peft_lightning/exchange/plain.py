@@ -100,7 +100,7 @@ def write_model(folder: Path, module: PruneLoRAModule, head: bool) -> list[str]:
     tensors = {name: tensor.contiguous() for name, tensor in tensors_of(model).items()}
     (folder / MODEL_FILE).write_bytes(save_safetensors(tensors, metadata={"format": "pt"}))
     model.config.to_json_file(folder / "config.json")
-    files, notes = [MODEL_FILE], write_tokenizer(folder, module)
+    files, notes = [MODEL_FILE, "config.json"], write_tokenizer(folder, module)
     if head and not _fitting_head(module):
         trained = {name: tensor.contiguous() for name, tensor in _trained_head(module).items()}
         (folder / _HEAD).write_bytes(save_safetensors(trained))

@@ -141,4 +141,8 @@ def _setting(folder: Path, record: PrunedRecord, given: Any) -> BackboneConfig:
         raise UsageError(
             f"backbone: {folder} was made on a folder named {source['name']!r}; say where it is (backbone=...)"
         )
-    return BackboneConfig(**{name: source[name] for name in ("name", "config", "revision", "dtype")})
+    recorded = {name: source[name] for name in ("name", "config", "revision", "dtype")}
+    if isinstance(recorded["config"], dict) and "vocab_size" in record.backbone:
+        # its size may have come from a tokenizer, which is not needed here
+        recorded["config"] = {**recorded["config"], "vocab_size": record.backbone["vocab_size"]}
+    return BackboneConfig(**recorded)

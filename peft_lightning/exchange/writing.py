@@ -98,13 +98,17 @@ def _write(fresh: Path, module: SparseAdapterModule | PruneLoRAModule, format: s
             return []
         names = [name for name, _ in module.backbone.named_modules() if name]
         write_peft(fresh, _foreign(module, bool(head)), names)
-        return ["the head stays behind; head = True takes it along"] if head is None and not is_new else []
+        return (
+            ["the head stays behind; --head with, or head = True, takes it along"]
+            if head is None and not is_new
+            else []
+        )
     if format == "transformers":
         return write_model(fresh, module, head is not False)
     if format == "onnx":
         return write_onnx(fresh, module)
     write_lora(fresh, module, bool(head))
-    return ["the head stays behind; head = True takes it along"] if head is None else []
+    return ["the head stays behind; --head with, or head = True, takes it along"] if head is None else []
 
 
 def _module(source: Any, backbone: Any) -> SparseAdapterModule | PruneLoRAModule | PretrainModule:

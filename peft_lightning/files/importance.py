@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from peft_lightning.layers.importance import Importance
 __all__ = ["importance_of", "plain_importance", "read_importance", "write_importance"]
 
 _FORMAT = 1
+_MOST = 1e150  # its square is still a number
 
 
 def plain_importance(importance: Importance) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def read_importance(path: str | Path, backbone: Mapping[str, Any]) -> Importance
 
 
 def _is_score(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+    return type(value) in (int, float) and 0 <= value <= _MOST
 
 
 def _tensors(values: Any, what: str) -> dict[str, Tensor]:

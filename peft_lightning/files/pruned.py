@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_lightning.atomic import atomic_write
-from peft_lightning.errors import CheckpointError
+from peft_lightning.errors import CheckpointError, first_line
 from peft_lightning.files.foreign import read_json
 from peft_lightning.layers.plan import PrunePlan
 
@@ -26,7 +26,7 @@ PRUNED_FILE = "pruned.json"
 
 _FORMAT, _MOST_OUTPUTS = 1, 1_000_000
 # What a folder of each kind cannot be without.
-_TENSORS = {"model": ("model.safetensors",), "adapter": (), "onnx": ("model.onnx",)}
+_TENSORS = {"model": ("model.safetensors", "config.json"), "adapter": (), "onnx": ("model.onnx",)}
 _TYPES: dict[str, type] = {"model_class": str, "outputs": int, "labels": list, "backbone": dict, "source": dict}
 _SOURCE: dict[str, tuple[type, ...]] = {
     "name": (str, type(None)),
@@ -127,8 +127,8 @@ def check_digests(folder: Path, record: PrunedRecord) -> None:
     for name, digest in record.sha256.items():
         try:
             found = _digest(folder / name)
-        except OSError as error:
-            raise CheckpointError(f"{folder / name}: missing or not readable ({error.strerror})") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / name}: missing or not readable ({first_line(error)})") from None
         if found != digest:
             raise CheckpointError(f"{folder / name}: damaged or replaced (its SHA-256 is not that of {PRUNED_FILE})")
 

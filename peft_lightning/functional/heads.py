@@ -90,13 +90,16 @@ def normalise(raw: Mapping[str, Tensor], norm: str) -> dict[str, Tensor]:
     if not torch.isfinite(everything).all():
         raise DegenerateScoreError("importance: a value is not finite; the loss or a gradient has overflowed")
     whole = everything.norm()
+    if not torch.isfinite(whole):
+        raise DegenerateScoreError("importance: its values are too large to be compared")
     scaled = {
         layer: tensor / ((tensor.norm() if norm == "layer" else whole) + _EPS) for layer, tensor in values.items()
     }
     scores = torch.cat(list(scaled.values()))
     low, high = scores.min(), scores.max()
     if high - low <= _SPREAD * high:
-        one = "; where layers have one unit each, importance.norm all" if norm == "layer" else ""
+        single = norm == "layer" and len(scores) > 1 and all(len(tensor) < 2 for tensor in values.values())
+        one = "; with one a layer, importance.norm all can rank them" if single else ""
         raise DegenerateScoreError(f"importance: all {len(scores)} units have the same, so nothing can be ranked{one}")
     return {layer: (tensor - low) / (high - low) for layer, tensor in scaled.items()}
 

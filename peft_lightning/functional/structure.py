@@ -1,9 +1,10 @@
 """Which heads and neurons go, and which ranks the blocks get (Prune-LoRA, sections 3.2 and 3.3).
 
 The paper removes the 44 least important of 144 heads and gives LoRA rank 8 in the 4 most important blocks and 4 in the
-others. Here each layer also keeps a given number of units at least; a budget can take the count's place, which then
-takes heads and neurons by what they are worth per parameter (or operation) that they cost; and ranks can be shared
-out in proportion to the blocks' importance. Equal scores are taken in the order of layers and units.
+others. Here each layer also keeps a given number of units at least; ranks can be shared out in proportion to the
+blocks' importance; and a budget can take the count's place. It takes the same share of heads and of neurons: their
+importance has no common measure, for what many neurons lose one by one is not what they lose together. Equal scores are
+taken in the order of layers and units.
 
 Symbols: a *layer* is one attention, or one feed-forward block; a *unit* one head (or group of heads) or one neuron.
 """
@@ -70,12 +71,17 @@ def drop_lowest(scores: Mapping[str, Tensor], drop: int, least: int, option: str
 
 
 def drop_to_budget(
-    scores: Mapping[str, Tensor], costs: Mapping[str, int], least: Mapping[str, int], most: int, total: int, option: str
+    kinds: Sequence[Mapping[str, Tensor]],
+    costs: Mapping[str, int],
+    least: Mapping[str, int],
+    most: int,
+    total: int,
+    option: str,
 ) -> Kept:
-    """Remove the units that are worth least for what they cost, until the whole costs no more than a budget.
+    """Remove the same share of each kind of unit, the lowest scores first, until the whole costs no more than a budget.
 
     Args:
-        scores: layer -> ``[U]``, in the same unit of measure everywhere (equation 1 before it is normalised).
+        kinds: for heads, and for neurons: layer -> ``[U]``. Scores of different kinds are not compared.
         costs: layer -> what one of its units costs.
         least: layer -> how many units it keeps at least.
         most: the budget.
@@ -83,29 +89,30 @@ def drop_to_budget(
         option: name of the budget, for messages.
 
     Returns:
-        layer -> kept units, in order; no more go than the budget asks for.
+        layer -> kept units, in order; no more go than the budget asks for. Where a kind has no more to give, the others
+        go on.
 
     Raises:
         UsageError: if it cannot be met; says what can.
 
-    >>> scores, costs = {"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0, 4.0])}, {"a": 1, "b": 10}
-    >>> drop_to_budget(scores, costs, {"a": 0, "b": 0}, 11, 22, "target")
-    {'a': [0, 1], 'b': []}
+    >>> heads, neurons = {"a": torch.tensor([1.0, 5.0])}, {"b": torch.tensor([7.0, 6.0, 9.0, 8.0])}
+    >>> drop_to_budget([heads, neurons], {"a": 10, "b": 1}, {"a": 0, "b": 0}, 13, 24, "target")
+    {'a': [1], 'b': [0, 2, 3]}
     """
-    candidates = sorted(
-        (score / costs[layer], place, unit, layer)
-        for place, layer in enumerate(scores)
-        for score, _, unit, _ in _candidates({layer: scores[layer]}, least[layer])
-    )
+    candidates = []
+    for number, layers in enumerate(kinds):
+        free = sorted(c for layer, scores in layers.items() for c in _candidates({layer: scores}, least[layer], layers))
+        count = sum(map(len, layers.values()))
+        candidates += [((place + 1) / count, number, candidate) for place, candidate in enumerate(free)]
     gone = []
-    for candidate in candidates:
+    for _, _, candidate in sorted(candidates):
         if total <= most:
             break
         total -= costs[candidate[3]]
         gone.append(candidate)
     if total > most:
         raise UsageError(f"{option}: cannot be met; with all gone that may go, {total:,} are left, not {most:,}")
-    return _without(scores, gone)
+    return _without({layer: scores for layers in kinds for layer, scores in layers.items()}, gone)
 
 
 def top_ranks(scores: Mapping[str, float], low: int, high: int, count: int | None) -> dict[str, int]:
@@ -161,13 +168,16 @@ def share_ranks(scores: Mapping[str, float], budget: int) -> dict[str, int]:
     return ranks
 
 
-def _candidates(scores: Mapping[str, Tensor], least: int) -> list[tuple[float, int, int, str]]:
+def _candidates(
+    scores: Mapping[str, Tensor], least: int, among: Mapping[str, Tensor] | None = None
+) -> list[tuple[float, int, int, str]]:
     """(score, place of the layer, unit, layer) of what may go: all but the best ``least`` units of each layer."""
+    places = {layer: place for place, layer in enumerate(among or scores)}
     found = []
-    for place, (layer, tensor) in enumerate(scores.items()):
+    for layer, tensor in scores.items():
         order: Sequence[int] = torch.argsort(tensor, stable=True).tolist()
         values = tensor.tolist()
-        found += [(values[unit], place, unit, layer) for unit in order[: max(0, len(order) - least)]]
+        found += [(values[unit], places[layer], unit, layer) for unit in order[: max(0, len(order) - least)]]
     return found
 
 

@@ -50,6 +50,14 @@ class PrunePlan:
             **{name: dict(getattr(self, name)) for name in ("ranks", "units", "inner")},
         }
 
+    def counts(self) -> dict[str, int]:
+        """How many heads and neurons are kept, and how many there were."""
+        kept = {"heads": self.heads, "neurons": self.neurons}
+        before = {"heads_before": self.units, "neurons_before": self.inner}
+        return {name: sum(map(len, units.values())) for name, units in kept.items()} | {
+            name: sum(counts.values()) for name, counts in before.items()
+        }
+
     @classmethod
     def of(cls, values: Any, what: str) -> PrunePlan:
         """The plan in a manifest.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from peft_lightning.errors import UsageError
 from peft_lightning.functional.heads import normalise
 from peft_lightning.functional.saliency import random_scores
+from peft_lightning.functional.sparsify import DegenerateScoreError
 from peft_lightning.functional.structure import count_of, drop_lowest, drop_to_budget, share_ranks, top_ranks
 from peft_lightning.layers.importance import Importance
 from peft_lightning.layers.plan import PrunePlan
@@ -18,7 +20,7 @@ from peft_lightning.layers.prune_config import ImportanceConfig, RankConfig, Str
 from peft_lightning.layers.pruned_heads import AttentionSite, attention_sites, feed_forward_sites
 from peft_lightning.layers.unit_costs import unit_costs
 
-__all__ = ["block_scores", "decide_plan", "needs_importance"]
+__all__ = ["block_scores", "decide_plan", "final_importance", "needs_importance"]
 
 
 def needs_importance(prune: StructureConfig, lora: RankConfig) -> bool:
@@ -63,7 +65,7 @@ def decide_plan(
     if prune.target is None:
         kept = _by_count(raw, heads, neurons, prune, settings.norm)
     else:
-        kept = _by_target(backbone, raw, heads, neurons, prune)
+        kept = _by_target(backbone, raw, heads, neurons, prune, settings.norm)
     return PrunePlan(
         heads={path: tuple(kept[path]) for path in heads},
         neurons={path: tuple(kept[path]) for path in neurons},
@@ -80,18 +82,33 @@ def block_scores(
 
     Raises:
         UsageError: if the blocks' own gates are asked for and were not measured.
-        DegenerateScoreError: if the heads' importance ranks nothing.
+        DegenerateScoreError: if the heads' importance, or the blocks', ranks nothing.
     """
     blocks = dict.fromkeys(site.block for site in sites.values())
     if settings.blocks == "gate":
         _check_units(
             {path: torch.empty(1) for path in importance.blocks}, dict.fromkeys(blocks, 1), "blocks measured by a gate"
         )
-        return {path: importance.blocks[path] for path in blocks}
+        return _ranking({path: importance.blocks[path] for path in blocks})
     final = settings.blocks == "normalised"
     heads = normalise(importance.heads, settings.norm) if final else importance.heads
     parts = {block: torch.cat([heads[path] for path in heads if sites[path].block == block]) for block in blocks}
-    return {block: float(part.mean() if final else part.sum()) for block, part in parts.items()}
+    return _ranking({block: float(part.mean() if final else part.sum()) for block, part in parts.items()})
+
+
+def final_importance(importance: Importance, norm: str) -> dict[str, list[float]]:
+    """Equation 2 of the heads, by the path of their attention; empty where it ranks nothing."""
+    try:
+        return {path: tensor.tolist() for path, tensor in normalise(importance.heads, norm).items()}
+    except DegenerateScoreError:  # the decisions followed something else, such as gates of blocks
+        return {}
+
+
+def _ranking(scores: dict[str, float]) -> dict[str, float]:
+    """The scores, if they rank the blocks."""
+    if not all(map(math.isfinite, scores.values())) or (len(scores) > 1 and len(set(scores.values())) == 1):
+        raise DegenerateScoreError(f"importance: that of the {len(scores)} blocks is all the same, or not finite")
+    return scores
 
 
 def _by_count(
@@ -102,11 +119,9 @@ def _by_count(
         ("heads_to_prune", heads, prune.heads, prune.min_heads_per_layer),
         ("ffn_to_prune", neurons, prune.neurons, prune.min_neurons_per_layer),
     ):
-        drop = count_of(wanted, sum(units.values()), f"prune.{what}")
-        scores: Mapping[str, Tensor] = {path: raw[path] for path in units}
-        if drop and prune.order == "importance":
-            scores = normalise(scores, norm)
-        kept |= drop_lowest(scores, drop, least, f"prune.{what}")
+        total = sum(units.values())
+        drop = count_of(wanted, total, f"prune.{what}")
+        kept |= drop_lowest(_final(raw, units, prune, norm, 0 < drop < total), drop, least, f"prune.{what}")
     return kept
 
 
@@ -116,15 +131,23 @@ def _by_target(
     heads: Mapping[str, int],
     neurons: Mapping[str, int],
     prune: StructureConfig,
+    norm: str,
 ) -> dict[str, list[int]]:
     ((measure, share),) = (prune.target or {}).items()
     head_costs, neuron_costs, total = unit_costs(backbone, measure, prune.target_tokens)
-    costs = head_costs | {path: neuron_costs[path] for path in neurons}
-    if prune.order == "random":  # a draw is worth what it costs, so that costs do not decide whose turn it is
-        raw = {path: scores * costs[path] for path, scores in raw.items()}
     least = dict.fromkeys(heads, prune.min_heads_per_layer) if prune.takes_heads else dict(heads)
     least |= dict.fromkeys(neurons, prune.min_neurons_per_layer)
-    return drop_to_budget(raw, costs, least, int(share * total), total, f"prune.target = {prune.target}")
+    kinds = [_final(raw, heads, prune, norm, prune.takes_heads), _final(raw, neurons, prune, norm, bool(neurons))]
+    most, option = int(share * total), f"prune.target = {prune.target}"
+    return drop_to_budget(kinds, head_costs | neuron_costs, least, most, total, option)
+
+
+def _final(
+    raw: Mapping[str, Tensor], units: Mapping[str, int], prune: StructureConfig, norm: str, ranked: bool
+) -> Mapping[str, Tensor]:
+    """The scores that decide: equation 2's of one kind of unit, or those that were drawn."""
+    scores = {path: raw[path] for path in units}
+    return normalise(scores, norm) if ranked and prune.order == "importance" else scores
 
 
 def _ranks(

@@ -30,16 +30,14 @@ from typing import Any, cast
 from torch import nn
 
 from peft_lightning.backbones.build import BackboneConfig
-from peft_lightning.errors import CheckpointError, UsageError
+from peft_lightning.errors import CheckpointError, PeftLightningError, UsageError
 from peft_lightning.files.importance import importance_of, plain_importance, read_importance
 from peft_lightning.files.manifest import MANIFEST_KEY
-from peft_lightning.functional.heads import normalise
-from peft_lightning.functional.sparsify import DegenerateScoreError
 from peft_lightning.layers.importance import Importance, measure_importance
 from peft_lightning.layers.lora import LoRA
 from peft_lightning.layers.norms import backbone_norms, train_in_float32
 from peft_lightning.layers.plan import PrunePlan, apply_plan
-from peft_lightning.layers.planning import decide_plan, needs_importance
+from peft_lightning.layers.planning import decide_plan, final_importance, needs_importance
 from peft_lightning.layers.prune_config import ImportanceConfig, RankConfig, StructureConfig
 from peft_lightning.layers.still import held_still
 from peft_lightning.scoring import first_batches, over_ranks, teach_head
@@ -109,6 +107,7 @@ class PruneLoRAModule(TaskModule):
         self.measured: Importance | None = None
         self.loras: dict[str, LoRA] = {}
         self._given: PrunePlan | None = None
+        self._refusal: PeftLightningError | None = None
 
     # -- construction ----------------------------------------------------------------------------------------
 
@@ -183,15 +182,26 @@ class PruneLoRAModule(TaskModule):
         with seeded_on_cpu(step_seed(self.seed, 2)):  # a user's own loader may shuffle by the global state
             if needs_importance(self.prune, self.lora):
                 if self.importance.file is not None:
-                    self.measured = read_importance(self.importance.file, self.backbone_fingerprint)
-                elif not fitting:
+                    return self._decide_by_file()
+                if not fitting:
                     return None
-                else:
-                    self.to(self.trainer.strategy.root_device)
-                    self.measured = self.measure(list(first_batches(self, self.importance.batches)))
-            choices: dict[str, Any] = {"settings": self.importance, "prune": self.prune, "lora": self.lora}
-            plan = decide_plan(self.backbone, self.measured, **choices, seed=self.seed)
+                self.to(self.trainer.strategy.root_device)
+                self.measured = self.measure(list(first_batches(self, self.importance.batches)))
+            plan = self._planned()
         return PrunePlan.of(self.trainer.strategy.broadcast(plan.plain()), "rank 0") if fitting else plan
+
+    def _decide_by_file(self) -> PrunePlan | None:
+        """The same from a file. One that cannot be used is refused when a fit begins: a checkpoint may come first."""
+        try:
+            self.measured = read_importance(str(self.importance.file), self.backbone_fingerprint)
+            return self._planned()
+        except PeftLightningError as error:
+            self._refusal = error
+            return None
+
+    def _planned(self) -> PrunePlan:
+        choices: dict[str, Any] = {"settings": self.importance, "prune": self.prune, "lora": self.lora}
+        return decide_plan(self.backbone, self.measured, **choices, seed=self.seed)
 
     # -- files -----------------------------------------------------------------------------------------------
 
@@ -202,18 +212,22 @@ class PruneLoRAModule(TaskModule):
         return {**super().manifest(), "plan": plan, "importance": measured}
 
     def before_data(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take the decisions out of a file, so that nothing is measured again.
+        """Take the decisions out of a file. Called before the data is read, nothing is measured again.
 
         Raises:
             CheckpointError: if they are missing or malformed.
         """
-        manifest = checkpoint.get(MANIFEST_KEY, {})
+        manifest = checkpoint.get(MANIFEST_KEY)
+        if not isinstance(manifest, dict):
+            raise CheckpointError("checkpoint: was not written by peft_lightning (it has no manifest)")
         plan = PrunePlan.of(manifest.get("plan"), "checkpoint")
         importance = manifest.get("importance")
         if self.plan not in (None, plan) or any(lora.merged for lora in self.loras.values()):
             self._built, self.plan, self.loras = False, None, {}  # what is there was cut otherwise, or is merged
         self._given = plan
         self.measured = None if importance is None else importance_of(importance, "checkpoint")
+        if self.measured is not None and {p: len(s) for p, s in self.measured.heads.items()} != dict(plan.units):
+            raise CheckpointError("checkpoint: damaged (its importance is not that of the heads in its plan)")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Prune as the file says before its tensors are loaded.
@@ -247,6 +261,8 @@ class PruneLoRAModule(TaskModule):
             UsageError: if the module is merged.
         """
         super().on_fit_start()
+        if self.plan is None and self._refusal is not None:
+            raise self._refusal
         if any(lora.merged for lora in self.loras.values()):
             raise UsageError("this module is merged and cannot train on; load its checkpoint again")
 
@@ -258,30 +274,18 @@ class PruneLoRAModule(TaskModule):
         left = sum(p.numel() for name, p in self.backbone.named_parameters() if ".loras." not in name)
         return {
             **base,
+            "kept_share": left / self.whole,
             "parameters_left": left,
             "structure": {
                 "parameters": left,
                 "parameters_before": self.whole,
-                "heads": sum(map(len, self.plan.heads.values())),
-                "heads_before": sum(self.plan.units.values()),
-                "neurons": sum(map(len, self.plan.neurons.values())),
-                "neurons_before": sum(self.plan.inner.values()),
+                **self.plan.counts(),
                 "ranks": dict(self.plan.ranks),
                 "lora_parameters": sum(p.numel() for lora in self.loras.values() for p in lora.parameters()),
             },
             "heads_kept": {path: list(kept) for path, kept in self.plan.heads.items()},
-            "importance": self._final_scores(),
+            "importance": {} if self.measured is None else final_importance(self.measured, self.importance.norm),
         }
-
-    def _final_scores(self) -> dict[str, list[float]]:
-        """The heads' importance as it ranks them; nothing where it was not measured, or ranks nothing."""
-        if self.measured is None:
-            return {}
-        try:
-            scores = normalise(self.measured.heads, self.importance.norm)
-        except DegenerateScoreError:  # the decisions followed something else, such as gates of blocks
-            return {}
-        return {path: tensor.tolist() for path, tensor in scores.items()}
 
     def lines(self) -> dict[str, str]:
         """What is left, and the ranks."""

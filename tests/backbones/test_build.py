@@ -25,6 +25,17 @@ def build(**options: Any) -> Any:
     return build_backbone(BackboneConfig(**{**TINY, **options}))
 
 
+def test_bfloat16_is_for_parameters() -> None:
+    """Rotary frequencies stay what they are, as in a pretrained model."""
+    config = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    one, other = (
+        build_backbone(BackboneConfig(tokenizer="toy", dtype=dtype, config=config)) for dtype in ("float32", "bfloat16")
+    )
+    assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
+    buffers = zip(one.named_buffers(), other.named_buffers(), strict=True)
+    assert all(torch.equal(buffer, held) for (_, buffer), (_, held) in buffers)
+
+
 def test_random_backbone_has_no_pooler_and_fits_the_tokenizer() -> None:
     backbone = build()
     assert backbone.pooler is None

@@ -175,7 +175,7 @@ def test_nothing_is_written_where_something_is(
         (["--lr", "nan"], "lr = nan: must be of type float, and finite"),
         (["--norm", "l1"], "norm = 'l1': must be one of layer, all"),
         (["--blocks", "best"], "blocks = 'best': must be one of normalised, raw, gate"),
-        (["--seeds", "1,2,01"], "seeds = '1,2,01': must be whole numbers of at least 0, each once"),
+        (["--seeds", "1,2,01"], "seeds = '1,2,01': must be whole numbers from 0 to"),
         (["--seeds", "-1"], "seeds"),
         (["--seeds", "one"], "seeds = 'one'"),
         (["--batch_size", "0"], "batch_size is 0; allowed: at least 1"),

@@ -77,7 +77,16 @@ def quietly(m: PruneLoRAModule, folder: Path, **options: Any) -> Path:
 
 
 def edit(path: Path, **changes: Any) -> None:
+    """Change a file's values; what ``pruned.json`` says of its digest follows."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    if path.name == "config.json":
+        redigest(path)
+
+
+def redigest(path: Path) -> None:
+    record = path.with_name("pruned.json")
+    digests = json.loads(record.read_text())["sha256"]
+    edit(record, sha256={**digests, path.name: hashlib.sha256(path.read_bytes()).hexdigest()})
 
 
 # -- whole models ---------------------------------------------------------------------------------------------------
@@ -400,8 +409,7 @@ def test_other_tensors(change: Any, message: str, exported: Path, tmp_path: Path
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="model.safetensors: damaged or replaced .its SHA-256"):
         load_pruned(folder)
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    edit(folder / "pruned.json", sha256={"model.safetensors": digest})
+    redigest(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
         load_pruned(folder)
 

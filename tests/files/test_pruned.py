@@ -33,13 +33,14 @@ RECORD = PrunedRecord(
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "model.safetensors").write_bytes(b"tensors")
-    write_pruned(tmp_path, RECORD, ["model.safetensors"])
+    (tmp_path / "config.json").write_bytes(b"{}")
+    write_pruned(tmp_path, RECORD, ["model.safetensors", "config.json"])
     return tmp_path
 
 
 def test_written_and_read_again(folder: Path) -> None:
     record = read_pruned(folder)
-    assert record.plan == PLAN and record.sha256.keys() == {"model.safetensors"}
+    assert record.plan == PLAN and record.sha256.keys() == {"model.safetensors", "config.json"}
     names = ("kind", "model_class", "outputs", "labels", "backbone", "source")
     assert all(getattr(record, name) == getattr(RECORD, name) for name in names)
     check_digests(folder, record)

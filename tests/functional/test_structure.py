@@ -39,9 +39,12 @@ def test_the_lowest_go(rows: list[list[int]], least: int, data: st.DataObject) -
         drop_lowest(scores, most + 1, least, "heads")
 
 
-@given(rows=LAYERS, data=st.data())
-def test_a_budget_is_met_with_no_unit_to_spare(rows: list[list[int]], data: st.DataObject) -> None:
-    scores = layers(rows)
+@given(heads=LAYERS, neurons=LAYERS, data=st.data())
+def test_a_budget_is_met_with_no_unit_to_spare(
+    heads: list[list[int]], neurons: list[list[int]], data: st.DataObject
+) -> None:
+    kinds = [layers(heads), {f"inner {name}": scores for name, scores in layers(neurons).items()}]
+    scores = kinds[0] | kinds[1]
     costs = {layer: data.draw(st.integers(1, 9)) for layer in scores}
     least = {layer: data.draw(st.integers(0, 2)) for layer in scores}
     rest = 7
@@ -52,26 +55,28 @@ def test_a_budget_is_met_with_no_unit_to_spare(rows: list[list[int]], data: st.D
     def cost(kept: dict[str, list[int]]) -> int:
         return rest + sum(costs[layer] * len(units) for layer, units in kept.items())
 
-    kept = drop_to_budget(scores, costs, least, most, total, "target")
+    kept = drop_to_budget(kinds, costs, least, most, total, "target")
     assert cost(kept) <= most
-    worth = {
-        (layer, unit): float(tensor[unit]) / costs[layer]
-        for layer, tensor in scores.items()
-        for unit in range(len(tensor))
-    }
-    gone = [key for key in worth if key[1] not in kept[key[0]]]
-    if gone:  # the last one to go was needed
-        last = max(gone, key=lambda key: (worth[key], *key))
-        assert cost(kept) + costs[last[0]] > most
-        stayed = [
-            worth[layer, unit]
-            for layer, units in kept.items()
-            for unit in sorted(units, key=lambda u: float(scores[layer][u]))[: max(0, len(units) - least[layer])]
-        ]
-        assert not stayed or worth[last] <= min(stayed)
+    shares, left = [], []
+    for kind in kinds:  # of each kind the same as by count
+        count = sum(len(tensor) for tensor in kind.values())
+        gone = count - sum(len(kept[layer]) for layer in kind)
+        free = {layer: max(0, len(tensor) - least[layer]) for layer, tensor in kind.items()}
+        assert gone <= sum(free.values())
+        out = sorted(float(kind[layer][u]) for layer in kind for u in range(len(kind[layer])) if u not in kept[layer])
+        may = sorted(s for layer in kind for s in sorted(kind[layer].tolist())[: free[layer]])
+        assert out == may[:gone]
+        shares.append(gone / count if count else 0.0)
+        left.append((sum(free.values()) - gone, 1 / count if count else 0.0))
+    for this, other in ((0, 1), (1, 0)):  # a kind is ahead by a unit at most, unless the other has no more to give
+        if left[other][0]:
+            assert shares[this] - shares[other] <= max(left[0][1], left[1][1]) + 1e-9
+    if cost(kept) < total:  # the last one to go was needed: one unit of some layer could not have stayed
+        dearest = max(costs[layer] for layer in scores if len(kept[layer]) < len(scores[layer]))
+        assert cost(kept) + dearest > most
     if floor > rest:
         with pytest.raises(UsageError, match=rf"target: cannot be met; with all gone that may go, {floor:,} are left"):
-            drop_to_budget(scores, costs, least, floor - 1, total, "target")
+            drop_to_budget(kinds, costs, least, floor - 1, total, "target")
 
 
 def test_counts_and_shares() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_lightning.errors import UsageError
+from peft_lightning.functional.sparsify import DegenerateScoreError
 from peft_lightning.layers.importance import Importance
 from peft_lightning.layers.plan import PrunePlan, apply_plan
 from peft_lightning.layers.planning import block_scores, decide_plan, needs_importance
@@ -65,6 +66,19 @@ def test_blocks() -> None:
     assert block_scores(importance(HEADS, blocks=gates), sites, ImportanceConfig(blocks="gate")) == gates
     with pytest.raises(UsageError, match="has no blocks measured by a gate; measure again"):
         block_scores(importance(HEADS), sites, ImportanceConfig(blocks="gate"))
+
+
+@pytest.mark.parametrize("blocks", ["raw", "gate"])
+def test_blocks_that_rank_nothing(blocks: str) -> None:
+    gates = dict.fromkeys(PATHS, 0.0)
+    with pytest.raises(DegenerateScoreError, match="that of the 3 blocks is all the same, or not finite"):
+        decide(importance([[1.0, 2.0, 3.0, 4.0]] * 3, blocks=gates), importance={"blocks": blocks})
+
+
+def test_a_target_needs_an_importance_that_ranks() -> None:
+    flat = importance([[1.0] * 4] * 3, neurons=neurons())
+    with pytest.raises(DegenerateScoreError, match="all 12 units have the same"):
+        decide(flat, prune={"target": {"params": 0.9}}, lora={"rank": 4, "high_rank": 4})
 
 
 def test_ranks_follow_the_blocks() -> None:

@@ -221,14 +221,32 @@ def test_an_importance_from_a_file(tmp_path: Path) -> None:
     m = module(importance={"file": str(path)})
     m.configure_model()  # no data is needed
     assert m.plan == first.plan
-    with pytest.raises(
-        CheckpointError, match=r"importance.file = .*: belongs to another backbone \(num_hidden_layers 3 here 2"
+    for options, message in (
+        ({"backbone": tiny()}, r"importance.file = .*: belongs to another backbone \(num_hidden_layers 3 here 2"),
+        ({"seed": 5}, "same shape with other weights"),
+        ({"importance": {"file": str(tmp_path / "none.json")}}, "cannot be read"),
     ):
-        module(importance={"file": str(path)}, backbone=tiny()).configure_model()
-    with pytest.raises(CheckpointError, match="same shape with other weights"):
-        module(importance={"file": str(path)}, seed=5).configure_model()
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        module(importance={"file": str(tmp_path / "none.json")}).configure_model()
+        with pytest.raises(CheckpointError, match=message):
+            trainer(max_steps=1).fit(module(**{"importance": {"file": str(path)}, **options}), datamodule=data())
+
+
+def test_a_checkpoint_needs_the_file_no_more(tmp_path: Path) -> None:
+    first = fitted(steps=1)
+    path = tmp_path / "importance.json"
+    assert first.measured is not None
+    write_importance(path, first.measured, first.backbone_fingerprint, {})
+    m = fitted(tmp_path, importance={"file": str(path)})
+    path.unlink()
+    last = str(tmp_path / "last.ckpt")
+    assert PruneLoRAModule.load_from_checkpoint(last, weights_only=True).plan == m.plan
+    again = module(importance={"file": str(path)})
+    trainer(max_steps=4).fit(again, datamodule=data(), ckpt_path=last, weights_only=True)
+    assert again.plan == m.plan
+    content = torch.load(last, weights_only=True)
+    content[MANIFEST_KEY]["importance"]["heads"] = {"elsewhere": [1.0, 2.0]}
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="its importance is not that of the heads in its plan"):
+        load(tmp_path / "other.ckpt")
 
 
 def test_a_damaged_plan_in_a_file(tmp_path: Path) -> None:
