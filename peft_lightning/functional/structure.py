@@ -61,7 +61,7 @@ def drop_lowest(scores: Mapping[str, Tensor], drop: int, least: int, option: str
     >>> drop_lowest({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}, 2, 1, "heads_to_prune")
     {'a': [1], 'b': [1]}
     """
-    candidates = _candidates(scores, least)
+    candidates = _candidates(scores, dict.fromkeys(scores, least))
     if drop > len(candidates):
         total = sum(len(tensor) for tensor in scores.values())
         raise UsageError(
@@ -101,7 +101,7 @@ def drop_to_budget(
     """
     candidates = []
     for number, layers in enumerate(kinds):
-        free = sorted(c for layer, scores in layers.items() for c in _candidates({layer: scores}, least[layer], layers))
+        free = sorted(_candidates(layers, least))
         count = sum(map(len, layers.values()))
         candidates += [((place + 1) / count, number, candidate) for place, candidate in enumerate(free)]
     gone = []
@@ -168,16 +168,13 @@ def share_ranks(scores: Mapping[str, float], budget: int) -> dict[str, int]:
     return ranks
 
 
-def _candidates(
-    scores: Mapping[str, Tensor], least: int, among: Mapping[str, Tensor] | None = None
-) -> list[tuple[float, int, int, str]]:
+def _candidates(scores: Mapping[str, Tensor], least: Mapping[str, int]) -> list[tuple[float, int, int, str]]:
     """(score, place of the layer, unit, layer) of what may go: all but the best ``least`` units of each layer."""
-    places = {layer: place for place, layer in enumerate(among or scores)}
     found = []
-    for layer, tensor in scores.items():
+    for place, (layer, tensor) in enumerate(scores.items()):
         order: Sequence[int] = torch.argsort(tensor, stable=True).tolist()
         values = tensor.tolist()
-        found += [(values[unit], places[layer], unit, layer) for unit in order[: max(0, len(order) - least)]]
+        found += [(values[unit], place, unit, layer) for unit in order[: max(0, len(order) - least[layer])]]
     return found
 
 
