@@ -34,7 +34,7 @@ _MEMORY = {"train": tuple(TIMED), "infer": ("lora", "prune", "ffn")}
 
 def measure(tiny: bool, threads: int, environment: dict[str, Any]) -> RunRecord:
     """Measure everything once and return the record; series are seconds, bytes and counts by ``shape/what/arm``."""
-    turns, repeats = (2, 1) if tiny else (12, 3)
+    turns, repeats = (2, 1) if tiny else (8, 2)
     shapes = ("minilm",) if tiny else tuple(SHAPES)
     started = time.perf_counter()
     series: dict[str, list[float]] = {}
