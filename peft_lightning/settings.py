@@ -74,10 +74,12 @@ def as_config(kind: type[Config], value: Config | Mapping[str, Any]) -> Config:
     """A dataclass from itself or from a mapping (the command line and checkpoints give mappings).
 
     Raises:
-        UsageError: if a key is unknown.
+        UsageError: if a key is unknown, or it is something else.
     """
     if isinstance(value, kind):
         return value
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{kind.__name__}: must be one or a mapping, not {value!r:.200}")
     try:
         return kind(**value)  # type: ignore[arg-type]
     except TypeError as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from peft_lightning import load_pruned
 from peft_lightning.backbones.build import BackboneConfig, build_backbone
 from peft_lightning.backbones.toy import toy_tokenizer
 from peft_lightning.cli.main import main
@@ -117,6 +118,8 @@ def test_commands_of_the_readme_run(workplace: Path) -> None:
     assert len((workplace / "runs" / "first" / "predictions.jsonl").read_text().splitlines()) > 0
     assert (workplace / "runs" / "reviews" / "report.json").is_file()
     assert (workplace / "probed" / "probe.png").is_file()
+    peft = pytest.importorskip("peft")
+    peft.PeftModel.from_pretrained(load_pruned("pruned_lora"), "pruned_lora")
 
 
 def _write_encoder_and_data(folder: Path) -> None:
@@ -151,12 +154,15 @@ def _write_texts(folder: Path) -> None:
 
 
 def test_python_of_the_readme_runs(workplace: Path) -> None:
-    (block,) = _blocks(DOCUMENTS[0], "python")
-    names: dict[str, Any] = {}
-    exec(compile(block, "README.md", "exec"), names)
-    (answer,) = names["answers"]
-    assert set(answer) == {"label", "probabilities"}
-    assert sum(answer["probabilities"].values()) == pytest.approx(1.0)
+    blocks = _blocks(DOCUMENTS[0], "python")
+    assert len(blocks) == 2
+    for block in blocks:
+        names: dict[str, Any] = {}
+        exec(compile(block, "README.md", "exec"), names)
+        (answer,) = names["answers"]
+        assert set(answer) == {"label", "probabilities"}
+        assert sum(answer["probabilities"].values()) == pytest.approx(1.0)
+    assert load_pruned("pruned_in_python").config.num_labels == 2
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from peft_lightning.backbones.options import check_options
+from peft_lightning.backbones.options import check_options, refuse_pruned
 from peft_lightning.backbones.quiet import quiet
 from peft_lightning.backbones.tokenizers import load_tokenizer
 from peft_lightning.checks import check_types
@@ -138,6 +138,7 @@ def _build(config: BackboneConfig, auto: Any, tokenizer: Any) -> tuple[nn.Module
     from transformers import AutoConfig
 
     try:
+        refuse_pruned(config.name)
         if config.config is not None:
             options = dict(config.config)
             check_options(options)

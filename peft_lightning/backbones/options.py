@@ -1,4 +1,4 @@
-"""Options of a transformers configuration: which there are, and which a model was made with."""
+"""What transformers can build: the options of its configurations, and folders that are not for it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-__all__ = ["check_options", "plain_options"]
+__all__ = ["PRUNED_FILE", "check_options", "plain_options", "refuse_pruned"]
+
+PRUNED_FILE = "pruned.json"
+"""Name of the file of a pruned model; a folder that has it is one."""
 
 _OF_A_FILE = ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path")
 
@@ -41,3 +45,16 @@ def plain_options(config: Any) -> dict[str, Any]:
     given = {name: value for name, value in config.to_dict().items() if name in plain and value != plain[name]}
     options = {name: value for name, value in given.items() if name not in _OF_A_FILE}
     return {"model_type": config.model_type, "vocab_size": config.vocab_size, **options}
+
+
+def refuse_pruned(name: str | None) -> None:
+    """Refuse a pruned model's folder: its tensors are smaller than its configuration says.
+
+    Args:
+        name: a folder, or a name that stands for something else.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    if name is not None and (Path(name) / PRUNED_FILE).is_file():
+        raise ValueError("a pruned model, which only peft_lightning.load_pruned reads; begin with the whole backbone")

@@ -58,7 +58,8 @@ def _parser() -> ToolParser:
     parser = ToolParser(
         prog="peft-lightning importance",
         description="Measure how much each attention head of a frozen backbone matters to a task, and whether that is "
-        "signal or noise. --model.importance.file FOLDER/TASK.json prunes by it.",
+        "signal or noise. --model.importance.file FOLDER prunes by it; pruning neurons needs --neurons, ranks by the "
+        "blocks' own gates --blocks gate.",
     )
     parser.add_argument("--backbone", required=True, help="folder or hub name; a folder with a head will do")
     parser.add_argument("--task", required=True, metavar="TASK[,TASK]", help="names of rows of the task table")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 
@@ -95,6 +96,8 @@ def _parse_problem(text: str) -> str:
     if all(line.startswith("Parser key") for line in telling):
         telling = lines + [line.strip() for line in text.splitlines() if line.strip().startswith("Given value:")]
     message = " ".join(line.removeprefix("- ").replace("Parser key ", "option ") for line in telling)
+    if message.endswith(":"):  # what was expected stands in the noise
+        message += _expected(text)
     if "are required: fit." in message:
         message += "; give a configuration, as in: peft-lightning fit --config configs/sparse_adapter.yaml"
     if "Got value: True" in message or "Got value: False" in message:
@@ -104,6 +107,17 @@ def _parse_problem(text: str) -> str:
 
         message += f"; methods are: {', '.join(methods.__all__)}"
     return message
+
+
+def _expected(text: str) -> str:
+    """The innermost types that the parser tried, and the value that it tried them on."""
+    kinds = re.findall(r"Subtypes: \[(.*)\]", text)
+    names = re.findall(r"<class '(?:[\w.]*\.)?(\w+)'>|([\w.]+\[[^<]*?\])(?=,|$)", kinds[-1]) if kinds else []
+    values = [value for value in re.findall(r"Given value: (.*)", text) if not value.startswith("NestedArg")]
+    wanted = " or ".join(simple or full for simple, full in names).replace("NoneType", "null")
+    if values[:1] == ["None"]:  # the parser makes a word of it on the way in
+        return " takes null only from a configuration file, not from the command line"
+    return f" must be {wanted or 'of another type'}, not {values[0] if values else 'what was given'}"
 
 
 def _fail(message: str, code: int) -> None:

@@ -189,7 +189,9 @@ class TrainerCLI(LightningCLI):
 
             kept, task = summary["heads_kept"], summary["task"]
             gone = {path: sorted(set(range(len(scores))) - set(kept[path])) for path, scores in heads.items()}
-            draw_heads({task: heads}, folder / "heads.png", title="importance; crosses: removed", gone={task: gone})
+            source = self.model.lines()["importance"]
+            title = f"importance {source}; crosses: removed"
+            draw_heads({task: heads}, folder / "heads.png", title=title, gone={task: gone})
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)

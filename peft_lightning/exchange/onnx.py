@@ -61,8 +61,14 @@ def write_onnx(folder: Path, module: PruneLoRAModule) -> list[str]:
     try:
         with _silent(), torch.no_grad():
             traced = _traced(answers, names)
+            axes = dict.fromkeys(names, {0: "batch", 1: "tokens"})
             program: Any = torch.onnx.export(
-                traced, dynamo=True, input_names=names, output_names=["logits"], verbose=False
+                traced,
+                dynamo=True,
+                input_names=names,
+                output_names=["logits"],
+                dynamic_shapes=axes,
+                verbose=False,
             )
             program.save(folder / _FILE)
     except Exception as error:  # the exporter raises many kinds for what it cannot take

@@ -66,12 +66,15 @@ def _whole(folder: Path, record: PrunedRecord) -> Any:
     classes = list(classes_of(config))
     if record.model_class not in classes:
         raise CheckpointError(f"{folder}: model_class = {record.model_class[:100]!r}: must be {' or '.join(classes)}")
+    headed = classes.index(record.model_class) == 1
     try:
-        model = skeleton(config, classes.index(record.model_class) == 1, record.plan)
+        model = skeleton(config, headed, record.plan)
     except UsageError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     except Exception as error:  # whatever a wrong configuration leads to, it means the same
         raise CheckpointError(f"{folder / 'config.json'}: makes no model ({first_line(error)})") from None
+    if headed and config.num_labels != record.outputs:
+        raise CheckpointError(f"{folder}: pruned.json has {record.outputs} outputs, config.json {config.num_labels}")
     try:
         given = load_safetensors((folder / MODEL_FILE).read_bytes())
     except (OSError, ValueError, SafetensorError) as error:

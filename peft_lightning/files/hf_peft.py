@@ -16,11 +16,11 @@ from typing import Any
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from peft_lightning.backbones.options import PRUNED_FILE
 from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.files.foreign import ForeignAdapter, read_json, read_masks, read_tensors, write_folder
 from peft_lightning.files.hf_peft_config import check_config, rank_and_scaling, target_modules, target_of
 from peft_lightning.files.hf_peft_patterns import rank_settings, whole_modules
-from peft_lightning.files.pruned import PRUNED_FILE
 from peft_lightning.files.values import check_finite
 from peft_lightning.functional.patterns import LONGEST_PATH
 from peft_lightning.layers.adapters import AdapterConfig

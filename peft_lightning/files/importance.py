@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peft_lightning.atomic import atomic_write
-from peft_lightning.errors import CheckpointError
+from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.files.strict import check_fingerprint
 from peft_lightning.layers.importance import Importance
 
@@ -72,27 +73,36 @@ def write_importance(
     atomic_write(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
-def read_importance(path: str | Path, backbone: Mapping[str, Any]) -> Importance:
+def read_importance(path: str | Path, backbone: Mapping[str, Any], task: str) -> Importance:
     """Read an importance, for the backbone that it was measured on.
 
     Args:
-        path: a file of :func:`write_importance`.
+        path: a file of :func:`write_importance`, or a folder with one that is named after the task.
         backbone: fingerprint of the backbone at hand.
+        task: name of the task at hand. An importance of another task is read, with a warning.
 
     Raises:
-        CheckpointError: if the file is missing, damaged or belongs to another backbone; says which.
+        UsageError: if there is no such file.
+        CheckpointError: if the file is damaged or belongs to another backbone; says which.
     """
+    place = Path(path) / f"{task}.json" if Path(path).is_dir() else Path(path)
+    what = f"importance.file = {place}"
+    if not place.is_file():
+        raise UsageError(f"{what}: there is no such file")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(place.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"importance.file = {path}: cannot be read ({error})") from None
+        raise CheckpointError(f"{what}: cannot be read ({error})") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise CheckpointError(f"importance.file = {path}: is no importance of format {_FORMAT}")
+        raise CheckpointError(f"{what}: is no importance of format {_FORMAT}")
     recorded = content.get("backbone")
     if not isinstance(recorded, dict):
-        raise CheckpointError(f"importance.file = {path}: damaged (it does not say which backbone it belongs to)")
-    check_fingerprint(recorded, backbone, f"importance.file = {path}")
-    return importance_of(content, str(path))
+        raise CheckpointError(f"{what}: damaged (it does not say which backbone it belongs to)")
+    check_fingerprint(recorded, backbone, what)
+    importance = importance_of(content, what)
+    if content.get("task") not in (None, task):
+        warnings.warn(f"{what}: was measured on {str(content['task'])[:100]}, the task here is {task}", stacklevel=2)
+    return importance
 
 
 def _is_score(value: Any) -> bool:

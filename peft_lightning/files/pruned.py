@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from peft_lightning.atomic import atomic_write
+from peft_lightning.backbones.options import PRUNED_FILE
 from peft_lightning.errors import CheckpointError, first_line
 from peft_lightning.files.foreign import read_json
 from peft_lightning.layers.plan import PrunePlan
 
-__all__ = ["PRUNED_FILE", "PrunedRecord", "check_digests", "read_pruned", "write_pruned"]
-
-PRUNED_FILE = "pruned.json"
-"""Name of the file; a folder that has it is a pruned model's."""
+__all__ = ["PrunedRecord", "check_digests", "read_pruned", "write_pruned"]
 
 _FORMAT, _MOST_OUTPUTS = 1, 1_000_000
 # What a folder of each kind cannot be without.
@@ -101,6 +99,8 @@ def read_pruned(folder: Path) -> PrunedRecord:
             raise CheckpointError(f"{path}: damaged ({key} must be of type {wanted.__name__})")
     if not 1 <= content["outputs"] <= _MOST_OUTPUTS:
         raise CheckpointError(f"{path}: damaged (outputs must be from 1 to {_MOST_OUTPUTS})")
+    if not content["backbone"]:
+        raise CheckpointError(f"{path}: damaged (it does not say which backbone it belongs to)")
     source = content["source"]
     if source.keys() != _SOURCE.keys() or not all(type(source[key]) in kinds for key, kinds in _SOURCE.items()):
         raise CheckpointError(f"{path}: damaged (source must say {', '.join(_SOURCE)})")

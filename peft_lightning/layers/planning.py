@@ -170,7 +170,7 @@ def _ranks(
 def _check_units(given: Mapping[str, Tensor], here: Mapping[str, int], what: str) -> None:
     sizes: dict[str, Any] = {path: len(scores) for path, scores in given.items()}
     if not sizes:
-        raise UsageError(f"importance: has no {what}; measure again with these")
+        raise UsageError(f"importance: has no {what}; measure again with these (importance --neurons, --blocks gate)")
     if sizes != dict(here):
         wrong = [
             f"{path} {sizes.get(path, 0)} here {here.get(path, 0)}"

@@ -25,7 +25,9 @@ class ImportanceConfig:
             before it is normalised), or gate (of one gate on all that the block adds).
         classifier_steps: steps of Adam on the head alone before measuring, at the optimiser's rate: slopes are those of
             the loss under this head. Training starts from the initial values in any case.
-        file: the importance.json of an earlier measurement, on the same backbone; nothing is measured then.
+        file: a file that ``peft-lightning importance`` wrote for the same backbone (with --neurons or --blocks gate
+            where these are needed), or its folder, which has one for each task; nothing is measured then. It holds
+            what was measured, so ``norm`` and ``blocks`` are those set here.
 
     Raises:
         UsageError: if a value is not allowed.

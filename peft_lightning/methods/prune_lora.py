@@ -34,6 +34,7 @@ from peft_lightning.errors import CheckpointError, PeftLightningError, UsageErro
 from peft_lightning.files.importance import importance_of, plain_importance, read_importance
 from peft_lightning.files.manifest import MANIFEST_KEY
 from peft_lightning.layers.importance import Importance, measure_importance
+from peft_lightning.layers.left import left_lines, left_of, whole_of
 from peft_lightning.layers.lora import LoRA
 from peft_lightning.layers.norms import backbone_norms, train_in_float32
 from peft_lightning.layers.plan import PrunePlan, apply_plan
@@ -116,7 +117,7 @@ class PruneLoRAModule(TaskModule):
         self.norms = backbone_norms(self.backbone) if self.train_norms else {}
         for norm in self.norms.values():
             train_in_float32(norm)
-        self.whole = sum(parameter.numel() for parameter in self.backbone.parameters())
+        self.whole = whole_of(self.backbone, self.prune.target_tokens)
 
     def declared(self) -> Iterator[nn.Module]:
         """LoRA, norms and head."""
@@ -193,7 +194,7 @@ class PruneLoRAModule(TaskModule):
     def _decide_by_file(self) -> PrunePlan | None:
         """The same from a file. One that cannot be used is refused when a fit begins: a checkpoint may come first."""
         try:
-            self.measured = read_importance(str(self.importance.file), self.backbone_fingerprint)
+            self.measured = read_importance(str(self.importance.file), self.backbone_fingerprint, self.task.name)
             return self._planned()
         except PeftLightningError as error:
             self._refusal = error
@@ -271,30 +272,24 @@ class PruneLoRAModule(TaskModule):
         base = super().summary()
         if self.plan is None:
             return base
-        left = sum(p.numel() for name, p in self.backbone.named_parameters() if ".loras." not in name)
+        left = left_of(self.backbone, self.plan, self.whole)
         return {
             **base,
-            "kept_share": left / self.whole,
-            "parameters_left": left,
-            "structure": {
-                "parameters": left,
-                "parameters_before": self.whole,
-                **self.plan.counts(),
-                "ranks": dict(self.plan.ranks),
-                "lora_parameters": sum(p.numel() for lora in self.loras.values() for p in lora.parameters()),
-            },
+            "kept_share": left["parameters_share"],
+            "parameters_left": left["parameters"],
+            "structure": left,
             "heads_kept": {path: list(kept) for path, kept in self.plan.heads.items()},
             "importance": {} if self.measured is None else final_importance(self.measured, self.importance.norm),
         }
 
     def lines(self) -> dict[str, str]:
-        """What is left, and the ranks."""
+        """What is left, what was to be left, the ranks, and what the importance was measured on."""
         if self.plan is None:
             return {}
-        facts = self.summary()["structure"]
-        before, left = facts["parameters_before"], facts["parameters"]
-        rows = {"heads kept": f"{facts['heads']:,} of {facts['heads_before']:,}"}
-        if facts["neurons_before"]:
-            rows["neurons kept"] = f"{facts['neurons']:,} of {facts['neurons_before']:,}"
-        rows["backbone left"] = f"{left:,} of {before:,} parameters ({left / before:.1%})"
-        return {**rows, "LoRA ranks": " ".join(map(str, facts["ranks"].values()))}
+        rows = left_lines(self.summary()["structure"])
+        if self.prune.target is not None:
+            rows["target"] = ", ".join(f"{share:.1%} of {name}" for name, share in self.prune.target.items())
+        if self.measured is not None:
+            source = "" if self.importance.file is None else f", from {self.importance.file}"
+            rows["importance"] = f"of {self.measured.examples:,} examples{source}"
+        return rows

@@ -64,7 +64,9 @@ def test_onnxruntime_gives_the_modules_logits(
     assert capfd.readouterr() == ("", "") and not recwarn.list
     assert all(torch.equal(tensor, before[name]) for name, tensor in m.state_dict().items())
     assert_same(m, tmp_path / "out")
-    names = {entry.name for entry in session(tmp_path / "out").get_inputs()}
+    entries = session(tmp_path / "out").get_inputs()
+    assert all(entry.shape == ["batch", "tokens"] for entry in entries)
+    names = {entry.name for entry in entries}
     assert names - {"token_type_ids"} == {"input_ids", "attention_mask"}
     assert ("token_type_ids" in names) == (family in ("bert", "roberta", "electra"))
     files = {path.name for path in (tmp_path / "out").iterdir()}

@@ -378,6 +378,18 @@ def test_another_configuration(changes: dict[str, Any], message: str, exported: 
         load_pruned(folder)
 
 
+def test_another_number_of_outputs(exported: Path, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path)
+    edit(folder / "pruned.json", outputs=5)
+    with pytest.raises(CheckpointError, match="pruned.json has 5 outputs, config.json 2"):
+        load_pruned(folder)
+
+
+def test_a_pruned_folder_is_no_backbone(exported: Path) -> None:
+    with pytest.raises(UsageError, match="a pruned model, which only peft_lightning.load_pruned reads; begin with the"):
+        build(PruneLoRAModule, backbone={"name": str(exported), "tokenizer": "toy"}).configure_model()
+
+
 def test_more_layers_than_can_be_built(exported: Path, tmp_path: Path) -> None:
     folder = copied(exported, tmp_path)
     backbone = json.loads((folder / "pruned.json").read_text())["backbone"]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from peft_lightning.backbones.options import PRUNED_FILE
 from peft_lightning.errors import CheckpointError
-from peft_lightning.files.pruned import PRUNED_FILE, PrunedRecord, check_digests, read_pruned, write_pruned
+from peft_lightning.files.pruned import PrunedRecord, check_digests, read_pruned, write_pruned
 from peft_lightning.layers.plan import PrunePlan
 
 PLAN = PrunePlan(
@@ -76,6 +77,7 @@ DAMAGES: list[tuple[dict[str, Any], str]] = [
     ({"outputs": 10**12}, "outputs must be from 1 to 1000000"),
     ({"labels": "no"}, "labels must be of type list"),
     ({"backbone": 3}, "backbone must be of type dict"),
+    ({"backbone": {}}, "it does not say which backbone it belongs to"),
     ({"source": []}, "source must be of type dict"),
     ({"source": {"name": "tiny"}}, "source must say name, folder, config, revision, dtype, seed"),
     ({"source": {**RECORD.source, "seed": None}}, "source must say name, folder"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -224,10 +225,30 @@ def test_an_importance_from_a_file(tmp_path: Path) -> None:
     for options, message in (
         ({"backbone": tiny()}, r"importance.file = .*: belongs to another backbone \(num_hidden_layers 3 here 2"),
         ({"seed": 5}, "same shape with other weights"),
-        ({"importance": {"file": str(tmp_path / "none.json")}}, "cannot be read"),
     ):
         with pytest.raises(CheckpointError, match=message):
             trainer(max_steps=1).fit(module(**{"importance": {"file": str(path)}, **options}), datamodule=data())
+    with pytest.raises(UsageError, match="none.json: there is no such file"):
+        fitted(importance={"file": str(tmp_path / "none.json")})
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "examples": 0}))
+    with pytest.raises(CheckpointError, match="importance.file = .*importance.json: damaged .examples must be"):
+        fitted(importance={"file": str(path)})
+
+
+def test_a_folder_of_importances_has_one_for_each_task(tmp_path: Path) -> None:
+    first = fitted(steps=1)
+    assert first.measured is not None
+    for task in ("toy_sentiment", "toy_pairs"):
+        write_importance(tmp_path / f"{task}.json", first.measured, first.backbone_fingerprint, {"task": task})
+    m = module(importance={"file": str(tmp_path)})
+    m.configure_model()
+    assert m.plan == first.plan
+    assert m.lines()["importance"] == f"of {first.measured.examples} examples, from {tmp_path}"
+    other = module(importance={"file": str(tmp_path / "toy_pairs.json")})
+    with pytest.warns(UserWarning, match="toy_pairs.json: was measured on toy_pairs, the task here is toy_sentiment"):
+        other.configure_model()
+    assert other.plan == first.plan
 
 
 def test_a_checkpoint_needs_the_file_no_more(tmp_path: Path) -> None:
