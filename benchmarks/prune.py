@@ -22,6 +22,7 @@ from benchmarks.prune_table import accuracy_table, cost_tables, read_suite
 from benchmarks.runs import run_missing
 from benchmarks.script import CONSOLE, run, suite_options
 from benchmarks.shared import ROOT, clean_environment
+from peft_lightning.errors import UsageError
 from peft_lightning.study.records import RunRecord, read_record, write_record
 from peft_lightning.study.tables import write_generated
 
@@ -50,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--part", choices=["speed", "importance", "learn", "all"], default="all", help="default: %(default)s"
     )
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--share", help="K/N: of the runs that learn each Nth from the Kth on; N processes do them all")
     options = suite_options(parser, SUITES, "cpu", arguments)
-    suite = SUITES[options.suite]
+    suite, share = SUITES[options.suite], _share(options.share)
     tiny = ROOT / "runs" / "bench-tiny" / f"prune-{suite.name}"
     folder: Path = options.out or (tiny if options.tiny else _FOLDERS[suite.name])
     places = not options.tiny and options.out is None
@@ -67,8 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.part in ("learn", "all"):
         if not options.report:
             runs = suite.runs(tiny=options.tiny, device=options.device, encoder=options.encoder)
-            run_missing(runs, folder, environment, CONSOLE)
-        CONSOLE.print(_learned(suite, folder, places))
+            run_missing(runs[share], folder, environment, CONSOLE)
+        if options.share is None:
+            CONSOLE.print(_learned(suite, folder, places))
+
+
+def _share(words: str | None) -> slice:
+    """Which runs are this process's."""
+    if words is None:
+        return slice(None)
+    number, _, count = words.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UsageError(f"--share {words}: must be K/N with K from 1 to N, such as 1/2")
+    return slice(int(number) - 1, None, int(count))
 
 
 def _once(part: str, folder: Path, options: argparse.Namespace, make: Callable[[], RunRecord]) -> RunRecord:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from peft_lightning import FineTuneModule, OptimConfig
+from peft_lightning import BackboneConfig, FineTuneModule, OptimConfig
 from peft_lightning.errors import CheckpointError, PeftLightningError, UsageError
 from peft_lightning.seeding import step_seed
 from peft_lightning.settings import as_config
@@ -38,9 +38,11 @@ def test_other_schedules() -> None:
         ({"warmup": 1.5}, "warmup = 1.5"),
         ({"schedule": "step"}, "must be one of linear, cosine, constant"),
         ({"learning_rate": 1.0}, "learning_rate"),
+        (BackboneConfig(name="x"), r"OptimConfig: must be one or a mapping, not BackboneConfig\(name='x'"),
+        (None, "OptimConfig: must be one or a mapping, not None"),
     ],
 )
-def test_refused_settings(options: dict[str, Any], message: str) -> None:
+def test_refused_settings(options: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         as_config(OptimConfig, options)
 

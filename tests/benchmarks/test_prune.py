@@ -140,3 +140,13 @@ def test_what_cannot_be_run() -> None:
         prune.main(["--suite", "gpu"])
     with pytest.raises(UsageError, match="give --out too"):
         prune.main(["--encoder", "some"])
+    with pytest.raises(UsageError, match="--share 3/2: must be K/N"):
+        prune.main(["--share", "3/2"])
+
+
+def test_processes_that_share_do_every_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(prune, "run_missing", lambda runs, *rest: done.extend(run.name for run in runs))
+    for share in ("1/2", "2/2"):
+        prune.main(["--part", "learn", "--tiny", "--out", str(tmp_path), "--share", share])
+    assert sorted(done) == sorted(run.name for run in SUITE.runs(tiny=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,28 @@ USAGE: dict[str, tuple[list[str], str]] = {
 }
 
 
+TYPES = {
+    "--model.prune.target 0.8": r"prune\.target.*must be dict\[str, float\] or null, not 0\.8$",
+    "--model.prune.heads_to_prune true": r"prune\.heads_to_prune.*must be int or float or null, not true",
+    "--model.lora.high_blocks x": r"lora\.high_blocks.*must be int or null, not x$",
+    "--model.backbone.config null": r"option \"config\": takes null only from a configuration file",
+}
+
+
+@pytest.mark.parametrize("option", TYPES)
+def test_a_wrong_type_is_said_with_the_right_one(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(ROOT / "configs/prune_lora.yaml") if "sparse_adapter" in word else word for word in FIT]
+    status, line = fails([*words, "--run_dir", str(tmp_path / "run"), *option.split()], capsys)
+    assert status == 2 and re.search(TYPES[option], line), line
+
+
 @pytest.mark.parametrize("case", USAGE)
 def test_usage(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     extra, message = USAGE[case]
     status, line = fails([*FIT, "--run_dir", str(tmp_path / "run"), *extra], capsys)
     assert status == 2, line
-    import re
-
     assert re.search(message, line), line
     assert not (tmp_path / "run" / "last.ckpt").exists()
 
@@ -137,7 +153,6 @@ def test_data(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     rows, message = DATA[case]
     status, line = fails(task_folder(tmp_path, rows), capsys)
     assert status == 1, line
-    import re
 
     assert re.search(message, line), line
     assert "train.jsonl" in line
