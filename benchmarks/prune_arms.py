@@ -43,7 +43,7 @@ class Preset:
     classifier_steps: int
 
 
-TUNED = Preset(name="tuned", epochs=5, lr=1e-3, full_lr=1e-4, classifier_steps=100)
+TUNED = Preset(name="tuned", epochs=5, lr=2e-3, full_lr=1e-4, classifier_steps=100)
 PAPER = Preset(name="paper", epochs=30, lr=2e-5, full_lr=2e-5, classifier_steps=0)
 
 
