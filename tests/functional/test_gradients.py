@@ -109,9 +109,14 @@ def test_batching_and_ranks_change_nothing(
 def _on_ranks(
     run: Callable[[list[Batch], Callable[[Tensor], Tensor]], dict[str, Tensor]], shares: list[list[Batch]]
 ) -> list[dict[str, Tensor]]:
-    """Run every rank in a thread; their sums meet at a barrier."""
+    """Run every rank in a thread; their sums meet at a barrier.
+
+    Which attention runs is a setting of the process: held here, since threads would take it from each other.
+    """
     from concurrent.futures import ThreadPoolExecutor
     from threading import Barrier
+
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     barrier, table = Barrier(len(shares)), [torch.zeros(())] * len(shares)
 
@@ -125,7 +130,7 @@ def _on_ranks(
 
         return run(shares[number], reduce)
 
-    with ThreadPoolExecutor(len(shares)) as pool:
+    with sdpa_kernel(SDPBackend.MATH), ThreadPoolExecutor(len(shares)) as pool:
         return list(pool.map(rank, range(len(shares))))
 
 
