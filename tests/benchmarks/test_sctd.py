@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import sctd
+from benchmarks import sctd, sctd_runs
 from benchmarks.sctd_arms import ARMS, SUITES, planned_steps
 from benchmarks.sctd_runs import unigram_entropy
 from benchmarks.sctd_table import draw, pretrain_table, read_arms, tuning_table, verdict
@@ -225,7 +226,13 @@ def test_the_document_has_the_places() -> None:
     assert all(text.count(f"<!-- generated: {name} -->") == 1 for name in ("sctd", "sctd-gpu"))
 
 
-def test_tiny_run_goes_on_where_it_stopped(tmp_path: Path, cache_dir: Path) -> None:
+def _steps(windows: Sequence[float], interval: int, budget: float, points: int) -> int:
+    """The plan of a machine of one speed: on a loaded one a single step may take longer than the tiny budget."""
+    return planned_steps([interval * budget / points / (1 + len(windows))], interval, budget, points)
+
+
+def test_tiny_run_goes_on_where_it_stopped(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sctd_runs, "planned_steps", _steps)
     sctd.main(["--tiny", "--out", str(tmp_path)])
     tasks = ("toy_pairs", "toy_sentiment")
     paths = {path.stem: path for path in tmp_path.glob("*.json")}
@@ -259,7 +266,7 @@ def _check_what_runs_share(folder: Path) -> None:
     assert all(len(windows) == recipe.turns * recipe.windows for windows in calibration.series.values())
     found = read_arms(suite, folder, "pretrain")
     for arm, records in found.items():
-        steps = planned_steps(calibration.series[arm], recipe.interval, recipe.budget, recipe.points)
+        steps = _steps(calibration.series[arm], recipe.interval, recipe.budget, recipe.points)
         for record in records:
             # validated at equal distances, at last after the last step
             assert record.series["at"] == [steps / 3, steps / 3 * 2, steps]
