@@ -189,8 +189,8 @@ class TrainerCLI(LightningCLI):
 
             kept, task = summary["heads_kept"], summary["task"]
             gone = {path: sorted(set(range(len(scores))) - set(kept[path])) for path, scores in heads.items()}
-            source = self.model.lines()["importance"]
-            title = f"importance {source}; crosses: removed"
+            examples, _, _ = self.model.lines()["importance"].partition(", from ")  # a path would not fit
+            title = f"importance {examples}\ncrosses: removed"
             draw_heads({task: heads}, folder / "heads.png", title=title, gone={task: gone})
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
