@@ -189,8 +189,7 @@ class TrainerCLI(LightningCLI):
 
             kept, task = summary["heads_kept"], summary["task"]
             gone = {path: sorted(set(range(len(scores))) - set(kept[path])) for path, scores in heads.items()}
-            examples, _, _ = self.model.lines()["importance"].partition(", from ")  # a path would not fit
-            title = f"importance {examples}\ncrosses: removed"
+            title = f"importance of {summary['importance_examples']:,} examples\ncrosses: removed"
             draw_heads({task: heads}, folder / "heads.png", title=title, gone={task: gone})
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

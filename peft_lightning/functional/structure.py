@@ -89,7 +89,8 @@ def drop_to_budget(
         option: name of the budget, for messages.
 
     Returns:
-        layer -> kept units, in order; no more go than the budget asks for. Where a kind has no more to give, the others
+        layer -> kept units, in order. The last one to go meets the budget, and may cost more than was still asked for:
+        keeping some of another kind instead would give up the same share. Where a kind has no more to give, the others
         go on.
 
     Raises:

@@ -59,8 +59,9 @@ class StructureConfig:
         ffn_to_prune: neurons of the feed-forward blocks that go, as a count or a share. None: none, or what the target
             asks for.
         min_neurons_per_layer: neurons that each feed-forward block keeps at least.
-        target: what is to be left of the backbone, ``{params: 0.8}`` or ``{flops: 0.8}``; the same share of heads and
-            of neurons goes. A kind whose number is set to 0 stays whole.
+        target: what is to be left of the backbone at most, ``{params: 0.8}`` or ``{flops: 0.8}``; the same share of
+            heads and of neurons goes, so that it is missed by up to what one head costs. A kind whose number is set to
+            0 stays whole.
         target_tokens: length of the text that flops are counted for.
         order: importance (the least important go), or random (the baseline; ranks still follow the importance).
 

@@ -280,6 +280,7 @@ class PruneLoRAModule(TaskModule):
             "structure": left,
             "heads_kept": {path: list(kept) for path, kept in self.plan.heads.items()},
             "importance": {} if self.measured is None else final_importance(self.measured, self.importance.norm),
+            "importance_examples": 0 if self.measured is None else self.measured.examples,
         }
 
     def lines(self) -> dict[str, str]:
