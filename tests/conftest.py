@@ -23,6 +23,7 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +71,14 @@ def _leaves_nothing_behind() -> Iterator[None]:
     suspects = {"runs", "lightning_logs", "checkpoints", "logs", "config.yaml", "metrics.csv", "report.json"}
     left = ({entry.name for entry in ROOT.iterdir()} - before) & suspects
     assert not left, f"tests left files in the repository: {sorted(left)}"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Give back the threads that a test took: with two of them small steps wait for the other test process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -101,11 +101,11 @@ def test_tiny_importance(tmp_path: Path, cache_dir: Path) -> None:
 
 
 def test_tiny_learn(tmp_path: Path, cache_dir: Path) -> None:
-    prune.main(["--part", "learn", "--tiny", "--out", str(tmp_path)])
+    prune.main(["--part", "learn", "--tiny", "--threads", "1", "--out", str(tmp_path)])
     names = {path.stem for path in tmp_path.glob("*.json")}
     assert names == {f"{task}-tuned-{arm.name}-seed0" for task in ("mrpc", "rte") for arm in ARMS}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
-    prune.main(["--part", "learn", "--tiny", "--out", str(tmp_path)])
+    prune.main(["--part", "learn", "--tiny", "--threads", "1", "--out", str(tmp_path)])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == before
     record = read_record(tmp_path / "mrpc-tuned-prune-seed0.json")
     assert (
@@ -148,5 +148,5 @@ def test_processes_that_share_do_every_run_once(tmp_path: Path, monkeypatch: pyt
     done: list[str] = []
     monkeypatch.setattr(prune, "run_missing", lambda runs, *rest: done.extend(run.name for run in runs))
     for share in ("1/2", "2/2"):
-        prune.main(["--part", "learn", "--tiny", "--out", str(tmp_path), "--share", share])
+        prune.main(["--part", "learn", "--tiny", "--threads", "1", "--out", str(tmp_path), "--share", share])
     assert sorted(done) == sorted(run.name for run in SUITE.runs(tiny=True))
