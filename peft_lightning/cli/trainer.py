@@ -32,6 +32,7 @@ from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.files.strict import check_settings
 from peft_lightning.module import MethodModule
+from peft_lightning.task_module import TaskModule
 
 __all__ = ["TrainerCLI", "run"]
 
@@ -213,7 +214,7 @@ class TrainerCLI(LightningCLI):
         return arguments
 
     def predict(self, **arguments: Any) -> None:
-        """Write ``predictions.jsonl``: one line per row of the split, in its order."""
+        """Write ``predictions.jsonl``: one line per row of the split, in its order; and the task's official form."""
         arguments["return_predictions"] = True
         answers = [answer for batch in self.trainer.predict(**arguments) or [] for answer in batch]
         if self.trainer.world_size > 1:
@@ -221,9 +222,13 @@ class TrainerCLI(LightningCLI):
             torch.distributed.all_gather_object(gathered, answers)
             answers = [answer for part in gathered for answer in part]
         if self.trainer.is_global_zero:
-            lines = [json.dumps(answer) for answer in sorted(answers, key=lambda answer: answer["row"])]
+            answers.sort(key=lambda answer: answer["row"])
+            lines = [json.dumps(answer) for answer in answers]
             target = Path(self.options.run_dir) / "predictions.jsonl"
             atomic_write(target, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+            official = self.model.kind.official(answers) if isinstance(self.model, TaskModule) else {}
+            for name, text in official.items():
+                atomic_write(target.parent / name, lambda file, text=text: file.write(text.encode()))
             Console(soft_wrap=True, markup=False).print(f"{len(lines):,} answers in {target}")
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from peft_lightning import __version__
 from peft_lightning.data.cache import Encoded, cache_key, cached
@@ -30,6 +33,7 @@ def encode_split(
     *,
     max_length: int,
     labelled: bool,
+    references: bool,
     folder: Path,
 ) -> Encoded:
     """Return the encoded rows of ``source``, from ``folder`` where they were encoded before.
@@ -45,24 +49,26 @@ def encode_split(
         "tokenizer": _content(tokenizer),
         "max_length": max_length,
         "labelled": labelled,
+        "references": references,
     }
-    return cached(folder, cache_key(parts), lambda: _encode(source, kind, tokenizer, max_length, labelled))
+    options = {"max_length": max_length, "labelled": labelled, "references": references}
+    return cached(folder, cache_key(parts), lambda: _encode(source, kind, tokenizer, options))
 
 
 def _encode(
-    source: Source, kind: Kind, tokenizer: PreTrainedTokenizerBase, max_length: int, labelled: bool
+    source: Source, kind: Kind, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
 ) -> pa.RecordBatch:
     import pyarrow as pa
 
     parts: dict[str, list[pa.Array]] = {}
     first_row = 0
-    for rows in source.slices(kind.columns(labelled), _SLICE):
+    for rows in source.slices(kind.columns(options["labelled"]), _SLICE):
         try:
-            columns = kind.encode(rows, tokenizer, max_length, labelled, first_row)
+            columns = kind.encode(rows, tokenizer, **options, first_row=first_row)
         except DataError as error:
             raise DataError(f"{source.name}: {error}") from error
         for number, tokens in enumerate(columns["input_ids"], first_row):
-            if not tokens:
+            if not len(tokens):
                 raise DataError(f"{source.name}: row {number} has no tokens; allowed: at least one")
         for name, values in columns.items():
             parts.setdefault(name, []).append(pa.array(values, _arrow_type(values[0])))
@@ -73,8 +79,10 @@ def _encode(
 def _arrow_type(value: Any) -> pa.DataType:
     import pyarrow as pa
 
-    if isinstance(value, list):
+    if isinstance(value, list | np.ndarray):
         return pa.large_list(pa.int32())
+    if isinstance(value, str):
+        return pa.large_string()
     return pa.float32() if isinstance(value, float) else pa.int64()
 
 

@@ -35,6 +35,7 @@ class Task:
         splits: which split each stage (train, validation, test, predict) reads; a stage left out reads the
             split of its own name, and ``predict`` reads ``test``.
         folder: the folder that holds the files under a data root; the task's name if empty.
+        options: what the kind needs beyond these; its class says what there is.
 
     Raises:
         UsageError: a field has a value that is not allowed.
@@ -49,6 +50,7 @@ class Task:
     hub: tuple[str, ...] = ()
     splits: dict[str, str] = field(default_factory=dict)
     folder: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for option in ("text", "labels", "metrics", "hub"):
