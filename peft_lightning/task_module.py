@@ -63,7 +63,8 @@ class TaskModule(MethodModule):
         self.backbone_config = as_backbone_config(backbone)
         _ = self.backbone_config.tokenizer_name  # without one there is nothing to read texts with
         self.kind = build_kind(self.task)
-        self.head_style, self.head_dropout, self.max_length = head, head_dropout, max_length
+        self.head_style = self.kind.style if head == "auto" else head
+        self.head_dropout, self.max_length = head_dropout, max_length
         classes = len(self.task.labels)
         if class_weights is not None and (len(class_weights) != classes or not all(w > 0 for w in class_weights)):
             raise UsageError(
@@ -75,7 +76,7 @@ class TaskModule(MethodModule):
         self.record(
             task=self.task,
             backbone=self.backbone_config,
-            head=head,
+            head=self.head_style,
             head_dropout=head_dropout,
             class_weights=None if class_weights is None else list(class_weights),
             max_length=max_length,

@@ -71,7 +71,7 @@ class Kind(ABC):
     """Whether predictions are written token by token, and need no outputs of a labelled batch."""
 
     style: ClassVar[str] = "dense"
-    """Which head ``auto`` is."""
+    """Which head is meant by ``auto``."""
 
     trivial: ClassVar[str]
     """What the answers of :meth:`baseline` are called."""
@@ -169,7 +169,7 @@ class Kind(ABC):
 
         Args:
             backbone: what it reads.
-            style: dense, linear, or auto: the kind's own.
+            style: dense or linear.
             dropout: in the head.
 
         Raises:
@@ -178,7 +178,6 @@ class Kind(ABC):
         from peft_lightning.layers.heads import ClassificationHead
 
         config: Any = backbone.config
-        style = self.style if style == "auto" else style
         return ClassificationHead(config.hidden_size, self.num_outputs, style, dropout, per_token=self.per_token)
 
     def inputs(self, batch: Batch, config: Any) -> Mapping[str, Tensor]:
