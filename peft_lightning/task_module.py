@@ -244,7 +244,8 @@ class TaskModule(MethodModule):
         mean_loss = cast(MeanMetric, self.losses[stage])
         if count:
             weight = weights_B[valid_B].sum()
-            mean_loss.update(losses_B[valid_B].sum() / weight, weight)
+            # rows may weigh nothing, such as a sentence that the tokenizer leaves no word of
+            mean_loss.update(losses_B[valid_B].sum() / weight.clamp_min(torch.finfo(torch.float32).tiny), weight)
             found = self.kind.predictions(outputs, batch, self), self.kind.truths(batch)
             metrics.update(*(chosen(values, valid_B) for values in found))
         options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": max(1, count)}

@@ -120,7 +120,9 @@ def _from_hub(task: Task, split: str) -> Source:
     import datasets
 
     try:
-        data = datasets.load_dataset(*task.hub, split=split)
+        path, _, revision = task.hub[0].partition("@")
+        # ``None`` is the main branch.
+        data = datasets.load_dataset(path, *task.hub[1:], split=split, revision=revision or None)
     # Whatever goes wrong in there (network, missing split, a changed repository), the way out is the same.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -70,7 +70,7 @@ def make_batch(
 
 
 def batch_of_lists(columns: Mapping[str, Sequence[Any]], *, pad_token_id: int) -> dict[str, Any]:
-    """The same from plain lists: a list of whole numbers a row where ragged, text for ``reference``, else a number.
+    """The same from lists: a list or an array of numbers a row where ragged, text for ``reference``, else a number.
 
     A column that begins with lists of lists holds one list a sequence.
     """
@@ -78,7 +78,7 @@ def batch_of_lists(columns: Mapping[str, Sequence[Any]], *, pad_token_id: int) -
     for name, values in columns.items():
         if isinstance(values[0], str):
             values = [list(value.encode()) for value in values]
-        if isinstance(values[0], list):
+        if isinstance(values[0], list | np.ndarray):
             flat = np.array([number for value in values for number in value], np.int64)
             kind = np.uint8 if name == "reference" else np.int64
             ragged[name] = flat.astype(kind), np.array([len(value) for value in values])

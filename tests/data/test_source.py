@@ -105,13 +105,18 @@ def test_toy_tasks_need_no_files() -> None:
 def test_hub_is_asked_last(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(*path: str, split: str) -> datasets.Dataset:
-        asked.append((path, split))
+    def load(*path: str, split: str, revision: str | None) -> datasets.Dataset:
+        asked.append((path, split, revision))
         return datasets.Dataset.from_list([{"sentence": "a", "label": 0}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read(get_task("sst2"), "test") == [{"sentence": "a", "label": 0}]
-    assert asked == [(("nyu-mll/glue", "sst2"), "validation")]
+    fixed = Task(text=("sentence",), labels=("a", "b"), hub=("owner/name@refs/convert/parquet",))
+    assert read(fixed, "train") == [{"sentence": "a", "label": 0}]
+    assert asked == [
+        (("nyu-mll/glue", "sst2"), "validation", None),
+        (("owner/name",), "train", "refs/convert/parquet"),
+    ]
 
 
 def test_hub_without_network_is_one_clear_line() -> None:

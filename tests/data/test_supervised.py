@@ -416,8 +416,12 @@ def test_loading_costs_less_than_two_percent_of_a_step(cache_dir: Path) -> None:
     assert sorted(seconds)[len(seconds) // 2] < 0.02 * 0.4
 
 
+# The last two have the hub's columns; the same data are here under the names ..._plain.
+_NOT_HERE = ("mnli_mm", "ontonotes", "scitldr", "aeslc")
+
+
 @pytest.mark.real_data
-@pytest.mark.parametrize("task", [name for name in TASKS if not name.startswith("toy_") and name != "mnli_mm"])
+@pytest.mark.parametrize("task", [name for name in TASKS if not name.startswith("toy_") and name not in _NOT_HERE])
 def test_real_tasks_can_be_read(task: str, shared_data: Path, cache_dir: Path, encoder: str) -> None:
     data = TaskDataModule(task, tokenizer=encoder, root=str(shared_data))
     labels = data.labels("validation")
