@@ -169,7 +169,7 @@ def _bert(layers: int, width: int, heads: int, dropout: float) -> dict[str, Any]
 
 
 _TINY = Recipe(
-    budget=0.2,
+    budget=0.9,
     model=_bert(4, 32, 2, 0.0),
     optim=OptimConfig(lr=2e-3),
     vocab_size=300,

@@ -81,6 +81,6 @@ def as_config(kind: type[Config], value: Config | Mapping[str, Any]) -> Config:
     if not isinstance(value, Mapping):
         raise UsageError(f"{kind.__name__}: must be one or a mapping, not {value!r:.200}")
     try:
-        return kind(**value)  # type: ignore[arg-type]
+        return kind(**value)
     except TypeError as error:
         raise UsageError(f"{kind.__name__}: {error}") from None
