@@ -275,13 +275,13 @@ class TaskModule(MethodModule):
         self.configure_model()
         self._check_length(self.max_length)
         tokenizer = load_tokenizer(self.tokenizer_name)
-        rows = rows_of(texts, self.task.text, self.kind.columns(labelled=False))
+        rows = rows_of(texts, self.task.text, self.kind.required())
         was_training = self.training
         self.eval()
         answers: list[dict[str, Any]] = []
         for start in range(0, len(rows), batch_size):
             chunk = rows[start : start + batch_size]
-            columns = {name: [row[name] for row in chunk] for name in self.kind.columns(labelled=False)}
+            columns = {name: [row.get(name) for row in chunk] for name in self.kind.columns(labelled=False)}
             encoded = self.kind.encode(columns, tokenizer, self.max_length, labelled=False, references=True)
             batch = batch_of_lists(encoded, pad_token_id=tokenizer.pad_token_id)
             answers += self._answers(move_data_to_device(batch, self.device))

@@ -1,7 +1,7 @@
 """Further rows of the table of tasks, as plain fields: multiple choice, words in context, inference, sentiment.
 
-Where plain files have other columns than the hub, there is a second row, ``NAME_plain``, for a folder of such files.
-The ``test`` stage reads the validation split where the test split of the hub has no labels.
+Columns have the names that plain files often give them; where the hub has others, ``also`` says so. The ``test`` stage
+reads the validation split where the test split of the hub has no labels.
 """
 
 from __future__ import annotations
@@ -16,14 +16,8 @@ _PARQUET = "@refs/convert/parquet"
 _PAIR = ("sentence1", "sentence2")
 _NLI: _Fields = {"text": ("premise", "hypothesis"), "labels": ("entailment", "neutral", "contradiction")}
 _ANLI = {"train": "train_{}", "validation": "dev_{}", "test": "test_{}", "predict": "test_{}"}
-_MULTIRC: _Fields = {
-    "kind": "grouped",
-    "text": ("paragraph", "question"),
-    "labels": ("wrong", "right"),
-    "metrics": ("f1a", "em"),
-    "splits": {"test": "validation"},
-}
-_WINOGRANDE: _Fields = {"text": ("sentence",), "choices": ("option1", "option2"), "blank": "_"}
+_KEY = {"label": "answerKey"}
+_EXAM = {**_KEY, "idx": "id"}
 _TONES = ("negative", "positive")
 _STARS = ("one", "two", "three", "four", "five")
 
@@ -53,14 +47,12 @@ FURTHER: tuple[_Fields, ...] = (
     ),
     _super_glue(
         "multirc",
-        **_MULTIRC,
-        options={"group": ["idx.paragraph", "idx.question"], "joined": ["answer"], "id": "idx.answer"},
-    ),
-    _row(
-        "multirc_plain",
-        folder="multirc",
-        **_MULTIRC,
+        kind="grouped",
+        text=("paragraph", "question"),
+        labels=("wrong", "right"),
+        metrics=("f1a", "em"),
         options={"group": ["idx_paragraph", "idx_question"], "joined": ["answer"], "id": "idx_answer"},
+        also={f"idx_{part}": f"idx.{part}" for part in ("paragraph", "question", "answer")},
     ),
     _super_glue(
         "wic",
@@ -81,10 +73,17 @@ FURTHER: tuple[_Fields, ...] = (
             "front": ["span1_text", "span2_text"],
         },
     ),
-    _choice("winogrande", "allenai/winogrande", "winogrande_l", **_WINOGRANDE, label="answer", names=["1", "2"]),
-    _choice("winogrande_plain", folder="winogrande", **_WINOGRANDE, id="qid"),
-    _choice("commonsense_qa", "tau/commonsense_qa", text=("question",), label="answerKey", id="id"),
-    _choice("commonsense_qa_plain", folder="commonsense_qa", text=("question",), id="id"),
+    _choice(
+        "winogrande",
+        "allenai/winogrande",
+        "winogrande_l",
+        text=("sentence",),
+        choices=("option1", "option2"),
+        blank="_",
+        names=["1", "2"],
+        also={"label": "answer"},
+    ),
+    _choice("commonsense_qa", "tau/commonsense_qa", text=("question",), id="id", also=_KEY),
     # Labels are texts from "1" on the hub, and may be numbers from 0 in files.
     _choice(
         "social_iqa",
@@ -95,16 +94,18 @@ FURTHER: tuple[_Fields, ...] = (
     ),
     _choice("piqa", f"ybisk/piqa{_PARQUET}", text=("goal",), choices=("sol1", "sol2")),
     _choice("hellaswag", "Rowan/hellaswag", text=("ctx",), choices=("endings",)),
-    _choice("arc_easy", "allenai/ai2_arc", "ARC-Easy", text=("question",), label="answerKey", id="id", splits={}),
-    _choice("arc_easy_plain", folder="arc_easy", text=("question",)),
+    _choice("arc_easy", "allenai/ai2_arc", "ARC-Easy", text=("question",), id="idx", also=_EXAM, splits={}),
+    _choice("arc_challenge", "allenai/ai2_arc", "ARC-Challenge", text=("question",), id="idx", also=_EXAM, splits={}),
     _choice(
-        "arc_challenge", "allenai/ai2_arc", "ARC-Challenge", text=("question",), label="answerKey", id="id", splits={}
+        "openbookqa",
+        "allenai/openbookqa",
+        "main",
+        text=("question",),
+        id="idx",
+        also={"question": "question_stem", **_EXAM},
+        splits={},
     ),
-    _choice("arc_challenge_plain", folder="arc_challenge", text=("question",)),
-    _choice("openbookqa", "allenai/openbookqa", "main", text=("question_stem",), label="answerKey", id="id", splits={}),
-    _choice("openbookqa_plain", folder="openbookqa", text=("question",)),
-    # Some pairs of SNLI have no label (-1) on the hub; they must be filtered out before it can be read.
-    _row("snli", "stanfordnlp/snli", **_NLI),
+    _row("snli", "stanfordnlp/snli", **_NLI, unlabelled=("-1", "-")),
     _row("scitail", "allenai/scitail", "tsv_format", text=_NLI["text"], labels=("entails", "neutral")),
     _row("sick", f"RobZamp/sick{_PARQUET}", text=("sentence_A", "sentence_B"), labels=_NLI["labels"]),
     *(

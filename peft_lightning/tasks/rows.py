@@ -1,4 +1,4 @@
-"""What several kinds of task do with raw rows: read columns by name, and cut what is too long where it hurts least."""
+"""What several kinds of task share: options that are names, and cutting what is too long where it hurts least."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from peft_lightning.errors import DataError, UsageError
+from peft_lightning.errors import UsageError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["cells", "encode_cut", "name_list", "places", "second_last"]
+__all__ = ["encode_cut", "name_list", "places", "second_last"]
 
 
 def name_list(settings: Mapping[str, Any], option: str, least: int = 0) -> tuple[str, ...]:
@@ -28,21 +28,6 @@ def name_list(settings: Mapping[str, Any], option: str, least: int = 0) -> tuple
         wanted = f"a list of {least or 'any number of'} or more" if least else "a list of"
         raise UsageError(f"task.options.{option} is {names!r}; allowed: {wanted} different names")
     return tuple(names)
-
-
-def cells(rows: Mapping[str, Sequence[Any]], name: str, first_row: int) -> list[Any]:
-    """Return a column; ``idx.question`` is the entry ``question`` of the mappings in the column ``idx``.
-
-    Raises:
-        DataError: a row has no such entry.
-    """
-    column, _, entry = name.partition(".")
-    if not entry:
-        return list(rows[column])
-    for number, value in enumerate(rows[column], first_row):
-        if not isinstance(value, Mapping) or entry not in value:
-            raise DataError(f"row {number}, column {column!r}: {value!r} has no entry {entry!r}")
-    return [value[entry] for value in rows[column]]
 
 
 def encode_cut(

@@ -38,6 +38,9 @@ class Task:
             split of its own name, and ``predict`` reads ``test``.
         folder: the folder that holds the files under a data root; the task's name if empty.
         options: what the kind needs beyond these; its class says what there is.
+        also: what files or repositories call a column that does not have its own name there; ``a.b`` is the entry b
+            of the mappings in the column a.
+        unlabelled: labels, as texts, that mean that a row has none; such rows are left out where labels are read.
 
     Raises:
         UsageError: a field has a value that is not allowed.
@@ -53,9 +56,11 @@ class Task:
     splits: dict[str, str] = field(default_factory=dict)
     folder: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    also: dict[str, str] = field(default_factory=dict)
+    unlabelled: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for option in ("text", "labels", "metrics", "hub"):
+        for option in ("text", "labels", "metrics", "hub", "unlabelled"):
             object.__setattr__(self, option, self._names(option))
         object.__setattr__(self, "folder", self.folder or self.name)
         if unknown := sorted(set(self.splits) - set(_STAGES)):
@@ -117,8 +122,9 @@ def _super_glue(name: str, **fields: Any) -> Task:
 _PARQUET = "@refs/convert/parquet"
 
 
-def _summary(name: str, text: str, label: str, hub: tuple[str, ...] = (), folder: str = "", **options: Any) -> Task:
-    where: dict[str, Any] = {"hub": hub, "folder": folder, "metrics": ("rouge2", "rouge1", "rougeL")}
+def _summary(name: str, text: str, label: str, hub: tuple[str, ...], **options: Any) -> Task:
+    where: dict[str, Any] = {key: options.pop(key) for key in ("folder", "also") if key in options}
+    where |= {"hub": hub, "metrics": ("rouge2", "rouge1", "rougeL")}
     return Task(name=name, kind="generate", text=(text,), label=label, options=options, **where)
 
 
@@ -168,12 +174,25 @@ _ROWS = (
     *(Task(**fields) for fields in FURTHER),
     # Summaries of one sentence. ROUGE-2 comes first, as papers on adapters choose by it; the search on XSum is BART's.
     _summary("xsum", hub=(f"EdinburghNLP/xsum{_PARQUET}",), text="document", label="summary", id="id", min_target=10),
-    # The hub has lists, of a text's sentences and of summaries; files often have texts, with all summaries apart. The
-    # hub's repository is a script, which datasets no longer runs, and its Parquet mixes three configurations.
-    _summary("scitldr", hub=("allenai/scitldr", "Abstract"), text="source", label="target", id="paper_id"),
-    _summary("scitldr_plain", folder="scitldr_a", text="document", label="summary", targets="all_targets", id="id"),
-    _summary("aeslc", hub=(f"Yale-LILY/aeslc{_PARQUET}",), text="email_body", label="subject_line", max_target=32),
-    _summary("aeslc_plain", folder="aeslc", text="document", label="summary", id="id", max_target=32),
+    # On the hub these are lists, of a text's sentences and of summaries, in a script that datasets no longer runs.
+    _summary(
+        "scitldr",
+        hub=("allenai/scitldr", "Abstract"),
+        folder="scitldr_a",
+        text="document",
+        label="summary",
+        targets="all_targets",
+        id="id",
+        also={"document": "source", "summary": "target", "all_targets": "target", "id": "paper_id"},
+    ),
+    _summary(
+        "aeslc",
+        hub=(f"Yale-LILY/aeslc{_PARQUET}",),
+        text="document",
+        label="summary",
+        max_target=32,
+        also={"document": "email_body", "summary": "subject_line"},
+    ),
     _squad("squad_v1", hub=("rajpurkar/squad",)),
     _squad("squad_v2", hub=("rajpurkar/squad_v2",), options={"id": "id", "unanswerable": True}),
     # Both hub paths lead to Parquet: the original repositories are scripts, which datasets no longer runs. OntoNotes

@@ -97,6 +97,10 @@ class Kind(ABC):
         """Return the columns that :meth:`encode` reads."""
         return (*self.task.text, self.task.label) if labelled else self.task.text
 
+    def required(self) -> tuple[str, ...]:
+        """Return the columns without which a row cannot be answered; what it is called is not among them."""
+        return tuple(name for name in self.columns(labelled=False) if name != self.settings.get("id"))
+
     def encode(
         self,
         rows: Mapping[str, Sequence[Any]],

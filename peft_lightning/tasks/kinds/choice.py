@@ -22,7 +22,7 @@ from peft_lightning.errors import DataError, UsageError
 from peft_lightning.functional.sequences import row_of_sequence
 from peft_lightning.tasks.batch import Batch
 from peft_lightning.tasks.kinds.base import Kind, Model
-from peft_lightning.tasks.rows import cells, encode_cut, name_list, second_last
+from peft_lightning.tasks.rows import encode_cut, name_list, second_last
 from peft_lightning.tasks.table import Task
 
 if TYPE_CHECKING:
@@ -82,7 +82,11 @@ class Choice(Kind):
     def columns(self, labelled: bool) -> tuple[str, ...]:
         """Return the columns of the context and of the choices, the id's, and the label's if ``labelled``."""
         names = (*self.task.text, *self._columns, self.settings["id"], self.task.label if labelled else "")
-        return tuple(dict.fromkeys(name.partition(".")[0] for name in names if name))
+        return tuple(dict.fromkeys(filter(None, names)))
+
+    def required(self) -> tuple[str, ...]:
+        """Return the columns of the context and of the first two choices."""
+        return (*self.task.text, *self._columns[:2])
 
     def target(self, value: Any) -> int:
         """Return the number of the choice ``value``, in a row that does not name its choices."""
@@ -116,7 +120,7 @@ class Choice(Kind):
         if labelled:
             columns["labels"] = self._labels(rows, names, counts, first_row)
         if references:
-            ids = cells(rows, self.settings["id"], first_row) if self.settings["id"] else None
+            ids = rows[self.settings["id"]] if self.settings["id"] else None
             columns["reference"] = [
                 json.dumps({"choices": texts} | ({"id": ids[row]} if ids else {})) for row, texts in enumerate(choices)
             ]
@@ -140,7 +144,7 @@ class Choice(Kind):
     ) -> tuple[list[list[str]], list[Sequence[str]]]:
         """Texts of the choices, and their names, of each row."""
         texts, names = [], []
-        columns = zip(*(cells(rows, column, first_row) for column in self._columns), strict=True)
+        columns = zip(*(rows[column] for column in self._columns), strict=True)
         for number, values in enumerate(columns, first_row):
             given, called = (_present(values), None) if len(self._columns) > 1 else _parts(values[0])
             if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):

@@ -20,7 +20,7 @@ from peft_lightning.errors import DataError, UsageError
 from peft_lightning.tasks.batch import Batch
 from peft_lightning.tasks.kinds.base import Model, Rows
 from peft_lightning.tasks.kinds.classify import Classify
-from peft_lightning.tasks.rows import cells, encode_cut, name_list, second_last
+from peft_lightning.tasks.rows import encode_cut, name_list, second_last
 from peft_lightning.tasks.table import Task
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Grouped(Classify):
     and those of a classification.
 
     Options:
-        group: columns that together name the question; ``idx.question`` is the entry of a mapping in ``idx``.
+        group: columns that together name the question.
         joined: columns that follow the second text.
         id: a column that is handed on to the answers; so are the columns of the group.
 
@@ -65,7 +65,7 @@ class Grouped(Classify):
     def columns(self, labelled: bool) -> tuple[str, ...]:
         """Return the columns of the texts, of the group and of the id, and the label's if ``labelled``."""
         names = (*self.task.text, *self._joined, *self._ids, self.task.label if labelled else "")
-        return tuple(dict.fromkeys(name.partition(".")[0] for name in names if name))
+        return tuple(dict.fromkeys(filter(None, names)))
 
     def encode(
         self,
@@ -80,7 +80,7 @@ class Grouped(Classify):
         first, *others = (self.texts(rows, column, first_row) for column in (*self.task.text, *self._joined))
         texts = [first, [" ".join(parts) for parts in zip(*others, strict=True)]] if others else [first]
         columns: dict[str, Sequence[Any]] = {**encode_cut(tokenizer, texts, max_length, second_last)}
-        ids = {name: cells(rows, name, first_row) for name in self._ids}
+        ids = {name: rows[name] for name in self._ids}
         questions = zip(*(ids[name] for name in self._group), strict=True)
         columns["group"] = [_key(question, number) for number, question in enumerate(questions, first_row)]
         if labelled:

@@ -24,7 +24,7 @@ from peft_lightning.errors import DataError, UsageError
 from peft_lightning.tasks.batch import Batch
 from peft_lightning.tasks.kinds.base import Model
 from peft_lightning.tasks.kinds.classify import Classify
-from peft_lightning.tasks.rows import cells, encode_cut, name_list, places
+from peft_lightning.tasks.rows import encode_cut, name_list, places
 from peft_lightning.tasks.table import Task
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Marked(Classify):
         """Return the columns of the texts, of the words and of the id, and the label's if ``labelled``."""
         spans = [name for pairs in self._pairs.values() for row in pairs.values() for pair in row for name in pair]
         names = (*self.task.text, *self._front, *spans, self.settings["id"], self.task.label if labelled else "")
-        return tuple(dict.fromkeys(name.partition(".")[0] for name in names if name))
+        return tuple(dict.fromkeys(filter(None, names)))
 
     def encode(
         self,
@@ -124,7 +124,7 @@ class Marked(Classify):
         if labelled:
             columns["labels"] = self.targets_of(rows, first_row)
         if references and self.settings["id"]:
-            ids = cells(rows, self.settings["id"], first_row)
+            ids = rows[self.settings["id"]]
             columns["reference"] = [json.dumps({"id": value}) for value in ids]
         return columns
 
@@ -134,7 +134,7 @@ class Marked(Classify):
         spans: list[list[tuple[int, int]]] = [[] for _ in texts]
         for option, find in (("characters", _characters), ("words", _words)):
             for pair in self._pairs[option].get(column, ()):
-                pairs = zip(*(cells(rows, name, first_row) for name in pair), strict=True)
+                pairs = zip(*(rows[name] for name in pair), strict=True)
                 for number, (text, (one, two)) in enumerate(zip(texts, pairs, strict=True)):
                     try:
                         spans[number].append(find(text, one, two))

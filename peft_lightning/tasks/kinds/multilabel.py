@@ -14,7 +14,6 @@ from peft_lightning.errors import DataError, UsageError
 from peft_lightning.tasks.batch import Batch
 from peft_lightning.tasks.kinds.base import Model
 from peft_lightning.tasks.kinds.classify import Classify
-from peft_lightning.tasks.rows import cells
 from peft_lightning.tasks.table import Task
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class MultiLabel(Classify):
 
     def columns(self, labelled: bool) -> tuple[str, ...]:
         """Return the columns of the texts and of the id, and the label's if ``labelled``."""
-        names = dict.fromkeys([*super().columns(labelled), self.settings["id"].partition(".")[0]])
+        names = dict.fromkeys([*super().columns(labelled), self.settings["id"]])
         return tuple(name for name in names if name)
 
     def target(self, value: Any) -> list[int]:  # type: ignore[override]
@@ -80,7 +79,7 @@ class MultiLabel(Classify):
         """Encode the texts; see :meth:`Kind.encode`."""
         columns = super().encode(rows, tokenizer, max_length, labelled, references, first_row)
         if references and self.settings["id"]:
-            ids = cells(rows, self.settings["id"], first_row)
+            ids = rows[self.settings["id"]]
             columns["reference"] = [json.dumps({"id": value}) for value in ids]
         return columns
 
