@@ -402,6 +402,20 @@ def test_command_line_reads_a_task_by_name_or_in_full() -> None:
         assert data.task == expected
 
 
+def test_rows_without_a_label_are_left_out(cache_dir: Path) -> None:
+    task = Task(labels=("bad", "good"), unlabelled=("-1",))
+    rows = [
+        {"text": text, "label": label} for text, label in zip(("a", "the", "cat", "dog"), (1, -1, 0, -1), strict=True)
+    ]
+    data = module(task, rows={"train": rows, "test": rows})
+    assert data.labels("train").tolist() == [1, 0]
+    assert len(data.load("predict")) == 4  # all are answered
+    with pytest.raises(DataError, match="has no row with a label; allowed: at least one"):
+        module(task, rows={"train": rows[1:2]}).labels("train")
+    with pytest.raises(DataError, match="row 3, column 'label': the label is 7"):
+        module(task, rows={"train": [*rows[:3], {"text": "a", "label": 7}]}).labels("train")
+
+
 # -- speed and real data
 
 
@@ -416,8 +430,7 @@ def test_loading_costs_less_than_two_percent_of_a_step(cache_dir: Path) -> None:
     assert sorted(seconds)[len(seconds) // 2] < 0.02 * 0.4
 
 
-# The last two have the hub's columns; the same data are here under the names ..._plain.
-_NOT_HERE = ("mnli_mm", "ontonotes", "scitldr", "aeslc")
+_NOT_HERE = {"mnli_mm", "ontonotes", "hellaswag", "sick", "paws", "yelp_polarity", "anli_r1", "anli_r2", "anli_r3"}
 
 
 @pytest.mark.real_data

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from peft_lightning.backbones.toy import toy_tokenizer
-from peft_lightning.errors import DataError, UsageError
-from peft_lightning.tasks.rows import cells, encode_cut, name_list, places, second_last
+from peft_lightning.errors import UsageError
+from peft_lightning.tasks.rows import encode_cut, name_list, places, second_last
 
 FIRSTS = ["the red cat sleeps", "the dog", "this horse is not good", ""]
 SECONDS = ["a b", "that fish is tiny", "cat", "the small horse"]
@@ -25,16 +25,6 @@ def test_option_with_too_few_names() -> None:
     assert name_list({"columns": ["a", "b"]}, "columns", least=2) == ("a", "b")
     with pytest.raises(UsageError, match=r"task.options.columns is \('a',\); allowed: a list of 2 or more different"):
         name_list({"columns": ("a",)}, "columns", least=2)
-
-
-def test_cells_of_columns_and_of_mappings() -> None:
-    rows: dict[str, Any] = {"idx": [{"question": 3}, {"question": 4}], "text": ["a", "b"]}
-    assert cells(rows, "text", 0) == ["a", "b"]
-    assert cells(rows, "idx.question", 0) == [3, 4]
-    with pytest.raises(DataError, match=r"row 7, column 'idx': \{'question': 3\} has no entry 'answer'"):
-        cells(rows, "idx.answer", 7)
-    with pytest.raises(DataError, match=r"row 0, column 'text': 'a' has no entry 'x'"):
-        cells(rows, "text.x", 0)
 
 
 @pytest.mark.parametrize("max_length", [8, 9, 10, 50])

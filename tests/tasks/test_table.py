@@ -11,14 +11,12 @@ from peft_lightning.errors import UsageError
 from peft_lightning.tasks.kinds.base import build_kind
 from peft_lightning.tasks.table import TASKS, Task, get_task
 
-SUMMARIES = {"xsum", "scitldr", "scitldr_plain", "aeslc", "aeslc_plain", "toy_copy"}
+SUMMARIES = {"xsum", "scitldr", "aeslc", "toy_copy"}
 GLUE = {"cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "mnli_mm", "qnli", "rte", "wnli"}
 CHOICE = {"copa", "winogrande", "commonsense_qa", "social_iqa", "piqa", "hellaswag", "arc_easy", "arc_challenge"}
 CHOICE |= {"openbookqa"}
 WORDS = {"wic", "wsc"}
-ANSWERS = {"multirc", "multirc_plain"}
-# the same sets in plain files, with other columns than on the hub
-PLAIN = {f"{name}_plain" for name in ("winogrande", "commonsense_qa", "arc_easy", "arc_challenge", "openbookqa")}
+ANSWERS = {"multirc"}
 INFERENCE = {"snli", "scitail", "sick", "anli_r1", "anli_r2", "anli_r3", "paws", "boolq_closed_book"}
 TONES = {"imdb", "rotten_tomatoes", "yelp_polarity", "yelp_sentences", "yelp_reviews_5", "amazon_reviews_5"}
 TOYS = {"toy_choice", "toy_groups", "toy_marked", "toy_topics"}
@@ -29,7 +27,6 @@ def test_table_holds_what_is_promised() -> None:
         *GLUE,
         *SUMMARIES,
         *CHOICE,
-        *PLAIN,
         *WORDS,
         *ANSWERS,
         *INFERENCE,
@@ -74,17 +71,16 @@ def test_test_stage_reads_labelled_split(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "names"),
-    [("choice", CHOICE | PLAIN), ("marked", WORDS), ("grouped", ANSWERS), ("classify", INFERENCE | TONES)],
+    [("choice", CHOICE), ("marked", WORDS), ("grouped", ANSWERS), ("classify", INFERENCE | TONES)],
 )
 def test_kinds_of_further_rows(kind: str, names: set[str]) -> None:
     assert {get_task(name).kind for name in names} == {kind}
 
 
-@pytest.mark.parametrize("name", sorted(PLAIN | {"multirc_plain"}))
-def test_plain_rows_read_the_folder_of_the_set(name: str) -> None:
-    task, hub = get_task(name), get_task(name.removesuffix("_plain"))
-    assert task.folder == hub.folder == hub.name and hub.hub and not task.hub
-    assert task.splits["test"] == "validation"
+@pytest.mark.parametrize("name", TASKS)
+def test_other_names_are_those_of_columns_that_are_read(name: str) -> None:
+    task = get_task(name)
+    assert set(task.also) <= set(build_kind(task).columns(labelled=True))
 
 
 def test_rounds_of_anli_are_splits_of_one_folder() -> None:

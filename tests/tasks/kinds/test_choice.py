@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from peft_lightning import FineTuneModule
 from peft_lightning.backbones.toy import toy_tokenizer
+from peft_lightning.data.source import open_source
 from peft_lightning.errors import DataError, UsageError
 from peft_lightning.tasks.batch import batch_of_lists
 from peft_lightning.tasks.kinds.base import build_kind
@@ -179,8 +180,10 @@ def test_hub_rows_of_the_table() -> None:
         "openbookqa": ({"question_stem": "q", "choices": listed, "answerKey": "B", "id": "i"}, 1),
     }
     for name, (row, label) in forms.items():
-        columns = {column: [row[column]] for column in build_kind(get_task(name)).columns(True)}
-        assert encode(get_task(name), columns)["labels"] == [label], name
+        chosen = get_task(name)
+        source = open_source(chosen, "train", {"train": [row]}, None)
+        columns = next(source.slices(build_kind(chosen).columns(True), 1, chosen.also))
+        assert encode(chosen, columns)["labels"] == [label], name
 
 
 # -- options

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from peft_lightning import FineTuneModule
 from peft_lightning.backbones.toy import toy_tokenizer
 from peft_lightning.callbacks.report import baseline_scores
+from peft_lightning.data.source import open_source
 from peft_lightning.errors import DataError, UsageError
 from peft_lightning.tasks.batch import batch_of_lists
 from peft_lightning.tasks.kinds.base import build_kind
@@ -92,15 +93,20 @@ def test_one_or_three_columns_may_name_a_group() -> None:
     assert three[0] == three[2] != three[1]
 
 
-def test_group_inside_a_mapping() -> None:
-    """As SuperGLUE has it on the hub; the plain form gives the same numbers."""
-    index = [{"paragraph": 3, "question": 4, "answer": 5}]
-    content = {"paragraph": ["the cat"], "question": ["this cat is"], "answer": ["tiny"], "idx": index}
-    assert build_kind(get_task("multirc")).columns(False) == tuple(content)
-    columns = encode(get_task("multirc"), content, labelled=False)
-    assert json.loads(columns["reference"][0]) == {"idx.paragraph": 3, "idx.question": 4, "idx.answer": 5}
-    plain = {**content, "idx_paragraph": [3], "idx_question": [4], "idx_answer": [5]}
-    assert encode(get_task("multirc_plain"), plain, labelled=False)["group"] == columns["group"]
+def test_groups_are_the_same_on_the_hub_and_in_files() -> None:
+    """SuperGLUE has them inside a mapping on the hub."""
+    multirc = get_task("multirc")
+    text = {"paragraph": "the cat", "question": "this cat is", "answer": "tiny", "label": 1}
+    index = {"paragraph": 3, "question": 4, "answer": 5}
+    forms: tuple[dict[str, Any], ...] = ({"idx": index}, {f"idx_{name}": number for name, number in index.items()})
+    names = build_kind(multirc).columns(True)
+    read = []
+    for form in forms:
+        source = open_source(multirc, "train", {"train": [{**text, **form}]}, None)
+        read.append(next(source.slices(names, 1, multirc.also)))
+    assert read[0] == read[1]
+    columns = encode(multirc, read[0])
+    assert json.loads(columns["reference"][0]) == {"idx_paragraph": 3, "idx_question": 4, "idx_answer": 5}
 
 
 def test_row_without_a_group() -> None:
