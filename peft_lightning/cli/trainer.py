@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning as L
 import torch
@@ -228,8 +229,12 @@ class TrainerCLI(LightningCLI):
             atomic_write(target, lambda file: file.write(("\n".join(lines) + "\n").encode()))
             official = self.model.kind.official(answers) if isinstance(self.model, TaskModule) else {}
             for name, text in official.items():
-                atomic_write(target.parent / name, lambda file, text=text: file.write(text.encode()))
+                atomic_write(target.parent / name, partial(_write_text, text))
             Console(soft_wrap=True, markup=False).print(f"{len(lines):,} answers in {target}")
+
+
+def _write_text(text: str, file: BinaryIO) -> None:
+    file.write(text.encode())
 
 
 def run(words: list[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,14 +170,21 @@ def test_whatever_changes_the_result_changes_the_key(
 
 
 def test_a_changed_kind_changes_the_key(
-    cache_dir: Path, tokenizations: list[int], monkeypatch: pytest.MonkeyPatch
+    cache_dir: Path, tokenizations: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unreadable(_: type) -> str:
-        raise OSError("no source code, as in a console")
-
-    for getsource in (lambda _: "class Kind: old", lambda _: "class Kind: new", unreadable, unreadable):
-        monkeypatch.setattr(inspect, "getsource", getsource)
-        module(TASK, rows={"train": ROWS}).labels("train")
+    """Whatever its module holds may take part in encoding; a class from a console has no file."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = "from peft_lightning.tasks.kinds.classify import Classify\n\nclass Outside(Classify):\n    pass\n"
+    path = tmp_path / "a_kind_from_outside.py"
+    task = dataclasses.replace(TASK, kind="a_kind_from_outside.Outside")
+    for more in ("", "HELPER = 1\n", "HELPER = 1\n"):
+        path.write_text(text + more)
+        module(task, rows={"train": ROWS}).labels("train")
+    assert len(tokenizations) == 2
+    monkeypatch.setattr(sys.modules["a_kind_from_outside"].Outside, "__module__", "__main__")
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    for _ in range(2):
+        module(task, rows={"train": ROWS}).labels("train")
     assert len(tokenizations) == 3
 
 
