@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks.shared import data_folder, file_digests
 from peft_lightning import TaskDataModule
-from peft_lightning.callbacks.report import constant_scores
+from peft_lightning.callbacks.report import baseline_scores
 from peft_lightning.study.memory import peak_bytes, reset_peak
 from peft_lightning.study.records import RunRecord, read_record, write_record
 from peft_lightning.task_module import TaskModule
@@ -219,8 +219,7 @@ def _fit(module: TaskModule, data: TaskDataModule, recorder: Recorder, trial: Tr
 
 def _majority(module: TaskModule, data: TaskDataModule) -> dict[str, float]:
     """The metrics of the constant answer that suits the validation rows best; ``majority`` is the task's first."""
-    labels = data.labels("validation")
-    scores = constant_scores(module, labels, labels)
+    scores = baseline_scores(module, data, "validation")
     first = module.task.metrics[0]
     return {"majority" if name == first else f"majority_{name}": value for name, value in scores.items()}
 

@@ -78,12 +78,15 @@ def teach_head(module: TaskModule, batches: Sequence[Mapping[str, Any]], steps: 
         option: what asked for them, for the message.
 
     Raises:
-        UsageError: if there is no batch.
+        UsageError: if there is no batch, or the head has nothing to train.
     """
+    parameters = dict(module.head.named_parameters())
+    if not parameters:
+        raise UsageError(f"{option} = {steps}: a task of kind {module.task.kind} has no head of its own to teach")
     with torch.no_grad():
-        read = [(module.states(batch["inputs"]), batch["labels"]) for batch in batches]
+        read = [(module.states(module.inputs(batch)), batch) for batch in batches]
 
-    def loss(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return module.kind.loss(module.head(pair[0]), pair[1], module.class_weights)
+    def loss(pair: tuple[Tensor, Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+        return module.head_loss(*pair)
 
-    warm_up(module, dict(module.head.named_parameters()), loss, read, steps, option)
+    warm_up(module, parameters, loss, read, steps, option)

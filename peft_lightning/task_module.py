@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
@@ -20,12 +21,11 @@ from peft_lightning.backbones.tokenizers import load_tokenizer
 from peft_lightning.errors import UsageError
 from peft_lightning.module import MethodModule
 from peft_lightning.settings import OptimConfig
+from peft_lightning.tasks.batch import Batch, batch_of_lists, chosen, rows_of
 from peft_lightning.tasks.kinds.base import build_kind
 from peft_lightning.tasks.table import Task, get_task
 
 __all__ = ["TaskModule"]
-
-Batch = Mapping[str, Any]
 
 
 class TaskModule(MethodModule):
@@ -35,7 +35,8 @@ class TaskModule(MethodModule):
         task: name of a row of the task table, or a row.
         backbone: which encoder; a string is a folder or hub name.
         optim: the optimiser's settings.
-        head: ``dense`` (dense-tanh-linear on the text's token) or ``linear``.
+        head: ``dense`` (dense, tanh, linear), ``linear``, or ``auto``: dense on the token that stands for a text,
+            linear on every token, as BERT's are.
         head_dropout: dropout in the head.
         class_weights: one weight per class in the loss, or none.
         max_length: tokens at most in :meth:`predict`.
@@ -62,7 +63,8 @@ class TaskModule(MethodModule):
         self.backbone_config = as_backbone_config(backbone)
         _ = self.backbone_config.tokenizer_name  # without one there is nothing to read texts with
         self.kind = build_kind(self.task)
-        self.head_style, self.head_dropout, self.max_length = head, head_dropout, max_length
+        self.head_style = self.kind.style if head == "auto" else head
+        self.head_dropout, self.max_length = head_dropout, max_length
         classes = len(self.task.labels)
         if class_weights is not None and (len(class_weights) != classes or not all(w > 0 for w in class_weights)):
             raise UsageError(
@@ -74,7 +76,7 @@ class TaskModule(MethodModule):
         self.record(
             task=self.task,
             backbone=self.backbone_config,
-            head=head,
+            head=self.head_style,
             head_dropout=head_dropout,
             class_weights=None if class_weights is None else list(class_weights),
             max_length=max_length,
@@ -99,8 +101,7 @@ class TaskModule(MethodModule):
         # a tokenizer may give what an architecture has no use for, such as token types
         self._input_names = set(inspect.signature(type(self.backbone).forward).parameters)
         self._pooling = pooling(self.backbone.config)
-        width = cast(Any, self.backbone.config).hidden_size
-        self.head = self.kind.head(width, self.head_style, self.head_dropout)
+        self.head = self.kind.head(self.backbone, self.head_style, self.head_dropout)
         self.attach()
         stages = {stage: self.kind.metrics() for stage in ("val", "test")}
         self.metrics = nn.ModuleDict(stages)
@@ -177,22 +178,32 @@ class TaskModule(MethodModule):
     # -- steps -----------------------------------------------------------------------------------------------
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Tokenizer outputs, each int64 ``[B, L]`` -> fp32 logits ``[B, C]``."""
-        return cast(Tensor, self.head(self.states(inputs)))
+        """Inputs, int64 ``[N, L]`` each -> what the kind makes of the head's scores: fp32 ``[B, C]``, or as it says."""
+        return self.kind.outputs(cast(Tensor, self.head(self.states(inputs))), inputs)
 
     def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Tokenizer outputs, each int64 ``[B, L]`` -> what the head reads: ``[B, L, H]``; ``[B, 1, H]`` of the last."""
+        """What the head reads: ``[N, L, H]``; ``[N, 1, H]`` where that is the last token's state."""
         known = {name: tensor for name, tensor in inputs.items() if name in self._input_names}
-        hidden_BLH = self.backbone(**known).last_hidden_state
-        if self._pooling == "last":
-            mask_BL = inputs["attention_mask"]
-            last_B = (mask_BL * torch.arange(1, mask_BL.shape[1] + 1, device=mask_BL.device)).argmax(dim=1)
-            hidden_BLH = hidden_BLH[torch.arange(len(last_B), device=last_B.device), last_B].unsqueeze(1)
-        return cast(Tensor, hidden_BLH)
+        hidden_NLH = self.backbone(**known).last_hidden_state
+        if self._pooling == "last" and not self.kind.per_token:
+            mask_NL = inputs["attention_mask"]
+            last_N = (mask_NL * torch.arange(1, mask_NL.shape[1] + 1, device=mask_NL.device)).argmax(dim=1)
+            hidden_NLH = hidden_NLH[torch.arange(len(last_N), device=last_N.device), last_N].unsqueeze(1)
+        return cast(Tensor, hidden_NLH)
+
+    def inputs(self, batch: Batch) -> Mapping[str, Tensor]:
+        """What :meth:`forward` takes of a batch with labels."""
+        return self.kind.inputs(batch, self.backbone.config)
+
+    def head_loss(self, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum of the losses of a batch's rows and sum of their weights, from what the head reads."""
+        outputs = self.kind.outputs(cast(Tensor, self.head(states)), batch["inputs"])
+        losses_B, weights_B = self.kind.losses(outputs, batch, self.class_weights)
+        return losses_B.sum(), weights_B.sum()
 
     def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum of the losses of a batch's rows and sum of their weights, fp32 scalars."""
-        return self.kind.loss(self(batch["inputs"]), batch["labels"], self.class_weights)
+        return self.head_loss(self.states(self.inputs(batch)), batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch, normalised over all ranks."""
@@ -213,25 +224,31 @@ class TaskModule(MethodModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One plain mapping per row of the batch, with its row number in the split."""
-        logits_BC = self(batch["inputs"])
-        answers = self.kind.decode(logits_BC)
+        answers = self._answers(batch)
         if "rows" in batch:
             rows = batch["rows"].tolist()
             answers = [{"row": row, **answer} for row, answer in zip(rows, answers, strict=True)]
         valid = batch["valid"].tolist() if "valid" in batch else [True] * len(answers)
         return [answer for answer, ok in zip(answers, valid, strict=True) if ok]
 
+    def _answers(self, batch: Batch) -> list[dict[str, Any]]:
+        outputs = None if self.kind.generates else self(batch["inputs"])
+        return self.kind.answers(outputs, batch, self)
+
     def _evaluate(self, batch: Batch, stage: str) -> None:
-        logits_BC, labels_B = self(batch["inputs"]), batch["labels"]
-        if "valid" in batch:  # a rank's row of padding does not count
-            logits_BC, labels_B = logits_BC[batch["valid"]], labels_B[batch["valid"]]
+        outputs = self(self.inputs(batch))
+        losses_B, weights_B = self.kind.losses(outputs, batch, self.class_weights)
+        valid_B = batch["valid"] if "valid" in batch else torch.ones_like(losses_B, dtype=torch.bool)
+        count = int(valid_B.sum())  # a rank's row of padding does not count
         metrics = cast(MetricCollection, self.metrics[stage])
         mean_loss = cast(MeanMetric, self.losses[stage])
-        if labels_B.numel():
-            total, weight = self.kind.loss(logits_BC, labels_B, self.class_weights)
-            mean_loss.update(total / weight, weight)
-            metrics.update(self.kind.predictions(logits_BC), labels_B)
-        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": max(1, labels_B.numel())}
+        if count:
+            weight = weights_B[valid_B].sum()
+            # rows may weigh nothing, such as a sentence that the tokenizer leaves no word of
+            mean_loss.update(losses_B[valid_B].sum() / weight.clamp_min(torch.finfo(torch.float32).tiny), weight)
+            found = self.kind.predictions(outputs, batch, self), self.kind.truths(batch)
+            metrics.update(*(chosen(values, valid_B) for values in found))
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": max(1, count)}
         self.log(f"{stage}/loss", mean_loss, **options)
         for name, metric in metrics.items(keep_base=True):
             shown = stage == "val" and name == self.task.metrics[0]
@@ -248,36 +265,25 @@ class TaskModule(MethodModule):
             batch_size: rows per forward pass.
 
         Returns:
-            One mapping per text, in order: ``label`` and ``probabilities`` for classification, ``score`` else.
+            One mapping per text, in order, as the task's kind answers: ``label`` and ``probabilities`` for
+            classification, ``score`` for a regression.
 
         Raises:
-            UsageError: if a text does not have as many parts as the task.
+            UsageError: if a text does not have the parts that the task reads.
+            DataError: if a part is of the wrong type.
         """
-        if isinstance(texts, str):
-            raise UsageError("texts: give a list of texts, not one string")
         self.configure_model()
         self._check_length(self.max_length)
         tokenizer = load_tokenizer(self.tokenizer_name)
-        rows = [self._row(text, number) for number, text in enumerate(texts)]
+        rows = rows_of(texts, self.task.text, self.kind.required())
         was_training = self.training
         self.eval()
         answers: list[dict[str, Any]] = []
         for start in range(0, len(rows), batch_size):
             chunk = rows[start : start + batch_size]
-            columns = {name: [row[name] for row in chunk] for name in self.task.text}
-            encoded = self.kind.encode(columns, tokenizer, self.max_length, labelled=False)
-            inputs = tokenizer.pad(encoded, return_tensors="pt", padding=True).to(self.device)
-            answers += self.kind.decode(self(dict(inputs)))
+            columns = {name: [row.get(name) for row in chunk] for name in self.kind.columns(labelled=False)}
+            encoded = self.kind.encode(columns, tokenizer, self.max_length, labelled=False, references=True)
+            batch = batch_of_lists(encoded, pad_token_id=tokenizer.pad_token_id)
+            answers += self._answers(move_data_to_device(batch, self.device))
         self.train(was_training)
         return answers
-
-    def _row(self, text: Any, number: int) -> Mapping[str, str]:
-        names = self.task.text
-        if isinstance(text, Mapping):
-            row = dict(text)
-        else:
-            parts = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, Sequence) else ()
-            row = dict(zip(names, parts, strict=False)) if len(parts) == len(names) else {}
-        if any(not isinstance(row.get(name), str) for name in names):
-            raise UsageError(f"texts[{number}]: must be {len(names)} text(s): {', '.join(names)}")
-        return row

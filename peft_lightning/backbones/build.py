@@ -144,7 +144,8 @@ def _build(config: BackboneConfig, auto: Any, tokenizer: Any) -> tuple[nn.Module
             check_options(options)
             if "vocab_size" not in options:
                 options["vocab_size"] = _vocabulary(config, tokenizer)
-            hf_config = AutoConfig.for_model(**{**_special_numbers(tokenizer), **options})
+            numbers = _special_numbers(tokenizer) or _roles(config)
+            hf_config = AutoConfig.for_model(**{**numbers, **options})
         else:
             hf_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
         _check_heads(hf_config)
@@ -227,6 +228,22 @@ def _special_numbers(tokenizer: Any) -> dict[str, int]:
     names = {"pad_token_id": "pad_token_id", "bos_token_id": "cls_token_id", "eos_token_id": "sep_token_id"}
     found = {name: getattr(tokenizer, ours, None) for name, ours in names.items()}
     return {name: number for name, number in found.items() if number is not None}
+
+
+def _roles(config: BackboneConfig) -> dict[str, int]:
+    """What the configuration of a model that writes says of special tokens, where each starts and stops.
+
+    The numbers are the tokenizer's; which of them starts a text, and which ends it, is as in the plain configuration.
+    """
+    from transformers import AutoConfig
+
+    plain = AutoConfig.for_model(cast(dict[str, Any], config.config)["model_type"])
+    if config.tokenizer is None or not plain.is_encoder_decoder:
+        return {}
+    ours = _special_numbers(load_tokenizer(config.tokenizer))
+    numbers = {getattr(plain, name): number for name, number in ours.items()}
+    names = (*ours, "decoder_start_token_id", "forced_eos_token_id")
+    return {name: numbers[number] for name in names if (number := getattr(plain, name, None)) in numbers}
 
 
 def _takes(model_class: type, argument: str) -> bool:

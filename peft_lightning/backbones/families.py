@@ -81,6 +81,7 @@ class Family:
         inner: the maps into the feed-forward block; their outputs are its neurons.
         outer: the map out of it.
         prefixes: the attention module that takes prefixes, or None.
+        crossing: where an adapter follows a decoder's attention to the encoder; only some layers have it.
     """
 
     stacks: tuple[tuple[str, str], ...]
@@ -93,6 +94,7 @@ class Family:
     inner: tuple[str, ...]
     outer: str
     prefixes: str | None = None
+    crossing: tuple[Place, ...] = ()
 
     def layers(self, config: Any) -> Iterator[str]:
         """Paths of all transformer layers, in order."""
@@ -154,8 +156,10 @@ def _projections(module: str, output: str, **more: Any) -> Attention:
 
 _BART = Family(
     stacks=(("encoder.layers.{i}", "encoder_layers"), ("decoder.layers.{i}", "decoder_layers")),
-    # The hidden dropout is a function here, so an adapter comes before it. Cross-attention has none, as in AdapterHub.
+    # The hidden dropout is a function here, so an adapter comes before it. Cross-attention has one only where it is
+    # asked for, as in AdapterHub.
     sequential=(Place("self_attn.out_proj", "self_attn.out_proj"), Place("fc2", "fc2")),
+    crossing=(Place("encoder_attn.out_proj", "encoder_attn.out_proj"),),
     closing=Place("final_layer_norm", "final_layer_norm", "around_norm"),
     parallel=Place("fc2", "fc1", "beside_remembered", "fc2"),
     linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft_lightning.errors import CheckpointError, UsageError, first_line
 
-__all__ = ["load_tokenizer", "same_tokens", "tokenizer_files", "tokenizer_from_files"]
+__all__ = ["load_tokenizer", "needs_spaces", "same_tokens", "tokenizer_files", "tokenizer_from_files"]
 
 
 def load_tokenizer(name: str) -> Any:
@@ -87,3 +87,21 @@ def _is_text(path: Path) -> bool:
 def same_tokens(one: Any, other: Any) -> bool:
     """Whether two tokenizers give every word the same number."""
     return bool(one.get_vocab() == other.get_vocab())
+
+
+def needs_spaces(tokenizer: Any) -> bool:
+    """Whether a word that is encoded apart from its sentence needs a space in front to be read as in a sentence.
+
+    So it is with the tokenizers of GPT-2 and RoBERTa: they know by the space where a word begins, and add none.
+
+    Raises:
+        UsageError: if the tokenizer does not tell which word a token is of.
+    """
+    if not tokenizer.is_fast:
+        name = tokenizer.name_or_path
+        raise UsageError(f"tokenizer {name!r} is a {type(tokenizer).__name__}; allowed for lists of words: a fast one")
+    inside, alone, spaced = (
+        tokenizer(text, is_split_into_words=isinstance(text, list), add_special_tokens=False)["input_ids"][-1:]
+        for text in ("a a", ["a"], [" a"])
+    )
+    return bool(alone != inside == spaced)

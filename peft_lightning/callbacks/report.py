@@ -22,17 +22,18 @@ from peft_lightning.files.manifest import write_adapter
 from peft_lightning.module import MethodModule
 from peft_lightning.pretrain_module import PretrainModule
 from peft_lightning.task_module import TaskModule
+from peft_lightning.tasks.kinds.base import Rows
 
-__all__ = ["Report", "constant_scores"]
+__all__ = ["Report", "baseline_scores"]
 
 
-def constant_scores(module: TaskModule, train_labels: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """The task's metrics of the best constant answer: the majority class, or the mean.
+def baseline_scores(module: TaskModule, rows: Rows, stage: str) -> dict[str, float]:
+    """The task's metrics of the trivial answer: the majority class, the mean, or what its kind calls so.
 
     Args:
         module: gives the task's kind.
-        train_labels: ``[N]`` labels that the constant is chosen on.
-        labels: ``[M]`` labels that it is measured on.
+        rows: the data.
+        stage: that the answer is measured on.
 
     Returns:
         metric -> value; a correlation with a constant is 0.
@@ -40,8 +41,8 @@ def constant_scores(module: TaskModule, train_labels: torch.Tensor, labels: torc
     metrics = module.kind.metrics()
     for metric in metrics.values():
         metric.distributed_available_fn = lambda: False  # one rank computes this alone
-    constant = module.kind.constant(train_labels)
-    metrics.update(constant.expand(labels.shape).to(labels.dtype).contiguous(), labels)
+    for predictions, truths in module.kind.baseline(rows, stage):
+        metrics.update(predictions, truths)
     return {name: float(torch.nan_to_num(value)) for name, value in metrics.compute().items()}
 
 
@@ -134,17 +135,17 @@ class Report(L.Callback):
         data_task = getattr(getattr(trainer, "datamodule", None), "task", module.task)
         return {
             "split": data_task.splits[split],
-            "constant": "majority class" if module.task.labels else "the mean, always",
+            "constant": module.kind.trivial,
             "majority": self._majority(trainer, module, split),
         }
 
     @staticmethod
     def _majority(trainer: L.Trainer, module: TaskModule, split: str) -> dict[str, float]:
-        labels = getattr(getattr(trainer, "datamodule", None), "labels", None)
-        if labels is None:
+        data: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "labels"):
             return {}
         try:
-            return constant_scores(module, labels("train"), labels(split))
+            return baseline_scores(module, data, split)
         except DataError:
             return {}
 

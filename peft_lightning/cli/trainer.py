@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning as L
 import torch
@@ -32,6 +33,7 @@ from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.files.strict import check_settings
 from peft_lightning.module import MethodModule
+from peft_lightning.task_module import TaskModule
 
 __all__ = ["TrainerCLI", "run"]
 
@@ -212,7 +214,7 @@ class TrainerCLI(LightningCLI):
         return arguments
 
     def predict(self, **arguments: Any) -> None:
-        """Write ``predictions.jsonl``: one line per row of the split, in its order."""
+        """Write ``predictions.jsonl``: one line per row of the split, in its order; and the task's official form."""
         arguments["return_predictions"] = True
         answers = [answer for batch in self.trainer.predict(**arguments) or [] for answer in batch]
         if self.trainer.world_size > 1:
@@ -220,10 +222,18 @@ class TrainerCLI(LightningCLI):
             torch.distributed.all_gather_object(gathered, answers)
             answers = [answer for part in gathered for answer in part]
         if self.trainer.is_global_zero:
-            lines = [json.dumps(answer) for answer in sorted(answers, key=lambda answer: answer["row"])]
+            answers.sort(key=lambda answer: answer["row"])
+            lines = [json.dumps(answer) for answer in answers]
             target = Path(self.options.run_dir) / "predictions.jsonl"
             atomic_write(target, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+            official = self.model.kind.official(answers) if isinstance(self.model, TaskModule) else {}
+            for name, text in official.items():
+                atomic_write(target.parent / name, partial(_write_text, text))
             Console(soft_wrap=True, markup=False).print(f"{len(lines):,} answers in {target}")
+
+
+def _write_text(text: str, file: BinaryIO) -> None:
+    file.write(text.encode())
 
 
 def run(words: list[str]) -> None:

@@ -5,7 +5,7 @@ ever out of date. The file is one Arrow IPC record batch. It is written under a 
 folder, synced and renamed, so a reader sees either nothing or all of it. It is mapped into memory, so the
 processes of a machine share one copy. A damaged file is built again.
 
-Notation: a ragged column holds a list of whole numbers per row, a scalar column one number.
+Notation: a ragged column holds a list of whole numbers per row, or the bytes of a text; a scalar column one number.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def cached(folder: Path, key: str, build: Callable[[], pa.RecordBatch]) -> Encod
     Args:
         folder: created if missing.
         key: from :func:`cache_key`.
-        build: returns the columns: ``large_list`` of integers where ragged, else numbers; without nulls.
+        build: returns the columns: ``large_list`` of integers or ``large_string`` where ragged, else numbers; without
+            nulls.
 
     Raises:
         DataError: the file cannot be written.
@@ -123,6 +124,9 @@ def _views(batch: pa.RecordBatch) -> Encoded:
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if pa.types.is_large_list(column.type):
             ragged[name] = column.values.to_numpy(), column.offsets.to_numpy()
+        elif pa.types.is_large_string(column.type):
+            _, offsets, values = (np.frombuffer(part or b"", np.uint8) for part in column.buffers())
+            ragged[name] = values, offsets.view(np.int64)[: len(column) + 1]
         else:
             scalars[name] = column.to_numpy()
     return Encoded(scalars, ragged)

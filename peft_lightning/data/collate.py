@@ -17,16 +17,16 @@ from peft_lightning.data.loader import Batch
 from peft_lightning.data.pack import Blocks
 from peft_lightning.data.vocabulary import Vocabulary
 from peft_lightning.functional.corruption import corrupt, uniform
+from peft_lightning.tasks.batch import make_batch
 
 # Part of the key of all draws, so that those of training and of evaluation have nothing in common.
 _TRAINING, _EVALUATION = 1, 2
 
 
 class PaddingCollate:
-    """Make ``{"inputs": {"input_ids", "attention_mask", ...}, "labels", "rows", "valid"}`` of rows of a task.
+    """Make ``{"inputs": {"input_ids", "attention_mask", ...}, "labels", "references", "rows", "valid"}`` of a task.
 
-    int64 [B, L] for the inputs, and [B] for the labels (missing where the split has none), the row numbers and
-    whether a row counts.
+    What the first three hold: ``tasks/batch.py``. [B] each for the row numbers and whether a row counts.
 
     Args:
         data: the encoded split.
@@ -35,24 +35,12 @@ class PaddingCollate:
     """
 
     def __init__(self, data: Encoded, pad_token_id: int, pad_multiple: int = 1) -> None:
-        self.data, self.pad_multiple = data, pad_multiple
-        # -100 is what PyTorch's losses leave out.
-        self.padding = {"input_ids": pad_token_id, "labels": -100}
+        self.data, self.pad_token_id, self.pad_multiple = data, pad_token_id, pad_multiple
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         """Return the tensors of ``batch``."""
         scalars, ragged = self.data.gather(batch.rows)
-        columns = {name: torch.from_numpy(values) for name, values in scalars.items()}
-        for name, (values, lengths) in ragged.items():
-            width = -(-int(lengths.max()) // self.pad_multiple) * self.pad_multiple
-            filled = np.arange(width) < lengths[:, None]
-            padded = np.full(filled.shape, self.padding.get(name, 0), np.int64)
-            padded[filled] = values
-            columns[name] = torch.from_numpy(padded)
-            if name == "input_ids":
-                columns["attention_mask"] = torch.from_numpy(filled.astype(np.int64))
-        result: dict[str, Any] = {"labels": columns.pop("labels")} if "labels" in columns else {}
-        result["inputs"] = columns
+        result = make_batch(scalars, ragged, pad_token_id=self.pad_token_id, pad_multiple=self.pad_multiple)
         result["rows"] = torch.from_numpy(batch.rows)
         result["valid"] = torch.full((len(batch.rows),), batch.valid)
         return result

@@ -39,8 +39,16 @@ class Source:
     digest: str
     read: Callable[[], _Rows]
 
-    def slices(self, columns: tuple[str, ...], size: int) -> Iterator[dict[str, list[Any]]]:
+    def slices(
+        self, columns: tuple[str, ...], size: int, also: Mapping[str, str] | None = None
+    ) -> Iterator[dict[str, list[Any]]]:
         """Yield ``columns`` for ``size`` rows at a time.
+
+        Args:
+            columns: their names.
+            size: of a slice.
+            also: column -> what it is called where it does not have its own name; ``a.b`` is the entry b of the
+                mappings in the column a.
 
         Raises:
             DataError: the rows cannot be read, there are none, or a column is missing.
@@ -54,16 +62,29 @@ class Source:
         if not len(rows):
             raise DataError(f"{self.name}: has no rows; allowed: at least one")
         there = list(rows[0]) if isinstance(rows, list) else rows.column_names
-        if missing := [column for column in columns if column not in there]:
+        names = {column: column if column in there else (also or {}).get(column, column) for column in columns}
+        found = tuple(dict.fromkeys(name if name in there else name.partition(".")[0] for name in names.values()))
+        if missing := [column for column, name in names.items() if not {name, name.partition(".")[0]} & set(there)]:
             raise DataError(f"{self.name}: has no column {missing[0]!r}; there are: {', '.join(there)}")
-        if twice := [column for column in columns if list(there).count(column) > 1]:
+        if twice := [column for column in found if list(there).count(column) > 1]:
             raise DataError(f"{self.name}: has several columns {twice[0]!r}; allowed: one")
         for start in range(0, len(rows), size):
             if isinstance(rows, list):
                 part = rows[start : start + size]
-                yield {column: [row.get(column) for row in part] for column in columns}
+                values = {column: [row.get(column) for row in part] for column in found}
             else:
-                yield rows.select(columns).slice(start, size).to_pydict()
+                values = rows.select(found).slice(start, size).to_pydict()
+            yield {column: self._column(values, name, start) for column, name in names.items()}
+
+    def _column(self, values: Mapping[str, list[Any]], name: str, first_row: int) -> list[Any]:
+        """A column, or an entry of its mappings."""
+        if name in values:
+            return values[name]
+        column, _, entry = name.partition(".")
+        for number, value in enumerate(values[column], first_row):
+            if not isinstance(value, Mapping) or entry not in value:
+                raise DataError(f"{self.name}: row {number}, column {column!r}: {value!r} has no entry {entry!r}")
+        return [value[entry] for value in values[column]]
 
 
 def open_source(task: Task, stage: str, rows: Mapping[str, Any] | None, root: str | None) -> Source:
@@ -88,6 +109,7 @@ def open_source(task: Task, stage: str, rows: Mapping[str, Any] | None, root: st
     if root is not None:
         # A class's name may look like a number or a truth value: the task says which it is, not the file's reader.
         strings = (*task.text, task.label) if task.labels else task.text
+        strings += tuple(task.also[name] for name in strings if name in task.also)
         return _from_file(_find_file(Path(root).expanduser(), task, split, stage), strings)
     if task.name.startswith("toy_"):
         return _from_python(f"{task.name}/{split}", toy_rows(task.name, split))
@@ -120,7 +142,9 @@ def _from_hub(task: Task, split: str) -> Source:
     import datasets
 
     try:
-        data = datasets.load_dataset(*task.hub, split=split)
+        path, _, revision = task.hub[0].partition("@")
+        # ``None`` is the main branch.
+        data = datasets.load_dataset(path, *task.hub[1:], split=split, revision=revision or None)
     # Whatever goes wrong in there (network, missing split, a changed repository), the way out is the same.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from peft_lightning.data.cache import Encoded, cache_folder
 from peft_lightning.data.collate import PaddingCollate
 from peft_lightning.data.encode import encode_split
-from peft_lightning.data.loader import Loader
+from peft_lightning.data.loader import Batch, Loader
 from peft_lightning.data.module import SplitDataModule, within
 from peft_lightning.data.source import open_source
 from peft_lightning.errors import DataError, UsageError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # A share of unknown tokens above which a tokenizer does not speak the language of the data.
 _MANY = 0.2
+_AT_ONCE = 256
 _log = logging.getLogger(__name__)
 
 
@@ -125,7 +127,7 @@ class TaskDataModule(SplitDataModule):
     def labels(self, stage: str) -> Tensor:
         """Return all labels of ``stage`` (train, validation or test), in the order of its rows.
 
-        [N], or [N, K] for a kind with K labels a row.
+        [N], or [N, K] for a kind with K labels a row, -100 where a row has fewer.
 
         Raises:
             DataError: the stage has no labels, or its data cannot be used.
@@ -136,7 +138,21 @@ class TaskDataModule(SplitDataModule):
         data = self.load(stage)
         if "labels" in data.scalars:
             return torch.from_numpy(data.scalars["labels"].copy())
-        return torch.from_numpy(data.ragged["labels"][0].copy()).view(len(data), -1)
+        values, offsets = data.ragged["labels"]
+        rows = [torch.from_numpy(part.astype("int64")) for part in np.split(values, offsets[1:-1])]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+
+    def batches(self, stage: str) -> Iterator[dict[str, Any]]:
+        """Yield all rows of ``stage`` in order, a few at a time, as one process reads them.
+
+        Raises:
+            DataError: its data cannot be used.
+        """
+        data = self.load(stage)
+        collate = self._collate(data)
+        for number, start in enumerate(range(0, len(data), _AT_ONCE)):
+            rows = np.arange(start, min(start + _AT_ONCE, len(data)))
+            yield collate(Batch(rows, rows, 0, number, True))
 
     @property
     def _tokenizer_choice(self) -> Any:
@@ -160,10 +176,14 @@ class TaskDataModule(SplitDataModule):
                 self.tokenizer,
                 max_length=self.max_length,
                 labelled=split != "predict",
+                references=split != "train",
                 folder=cache_folder(self.cache_dir),
             )
             self._warn_of_unknown_words(split, self._encoded[key])
         return self._encoded[key]
+
+    def _collate(self, data: Encoded) -> PaddingCollate:
+        return PaddingCollate(data, pad_token_id=int(cast(int, self.tokenizer.pad_token_id)))
 
     def _warn_of_unknown_words(self, stage: str, data: Encoded) -> None:
         unknown = getattr(self.tokenizer, "unk_token_id", None)
@@ -176,6 +196,6 @@ class TaskDataModule(SplitDataModule):
         data, training = self.load(split), split == "train"
         batch_size = self.batch_size if training else self.eval_batch_size
         sampler = self.sampler(data.lengths(), batch_size, shuffle=training, seed=self.seed)
-        collate = PaddingCollate(data, pad_token_id=int(cast(int, self.tokenizer.pad_token_id)))
+        collate = self._collate(data)
         stream: dict[str, int | bool | str] = {"the rows as they are encoded": data.digest, "seed": self.seed}
         return Loader(collate, sampler, epoch=self.epoch(), workers=self.workers, stream=stream if training else None)

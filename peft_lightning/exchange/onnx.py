@@ -52,6 +52,8 @@ def write_onnx(folder: Path, module: PruneLoRAModule) -> list[str]:
         raise UsageError(
             f"format = 'onnx': needs {' and '.join(lacking)}, not installed here; pip install 'peft-lightning[onnx]'"
         )
+    if not module.kind.classifies:
+        raise UsageError(f"format = 'onnx': is for classifiers of texts; the task is of kind {module.task.kind}")
     model = plain_model(module, head=False, least=1)  # the format has no tensors of size 0
     answers = _Answers(model, copy.deepcopy(module.head).float().cpu()).eval()
     names = ["input_ids", "attention_mask"]

@@ -101,7 +101,7 @@ def write_model(folder: Path, module: PruneLoRAModule, head: bool) -> list[str]:
     (folder / MODEL_FILE).write_bytes(save_safetensors(tensors, metadata={"format": "pt"}))
     model.config.to_json_file(folder / "config.json")
     files, notes = [MODEL_FILE, "config.json"], write_tokenizer(folder, module)
-    if head and not _fitting_head(module):
+    if head and not _fitting_head(module) and _trained_head(module):
         trained = {name: tensor.contiguous() for name, tensor in _trained_head(module).items()}
         (folder / _HEAD).write_bytes(save_safetensors(trained))
         files.append(_HEAD)
@@ -188,4 +188,5 @@ def _trained_head(module: PruneLoRAModule) -> dict[str, Tensor]:
 def _fitting_head(module: PruneLoRAModule) -> dict[str, str]:
     """Our names of the head's tensors -> theirs in the architecture's sequence classifier; empty if it differs."""
     config: Any = module.backbone.config
-    return classifier_names(config.model_type, module.head.state_dict()) if pooling(config) == "first" else {}
+    fits = module.kind.classifies and pooling(config) == "first"
+    return classifier_names(config.model_type, module.head.state_dict()) if fits else {}

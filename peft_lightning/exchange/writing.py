@@ -94,7 +94,8 @@ def _write(fresh: Path, module: SparseAdapterModule | PruneLoRAModule, format: s
     if isinstance(module, SparseAdapterModule):
         is_new = head_is_new(module)
         if format == "adapterhub":
-            write_adapterhub(fresh, _foreign(module, not is_new if head is None else head))
+            goes = not is_new and module.kind.classifies if head is None else head
+            write_adapterhub(fresh, _foreign(module, goes))
             return []
         names = [name for name, _ in module.backbone.named_modules() if name]
         write_peft(fresh, _foreign(module, bool(head)), names)
@@ -127,7 +128,13 @@ def _module(source: Any, backbone: Any) -> SparseAdapterModule | PruneLoRAModule
 
 
 def _foreign(module: SparseAdapterModule, with_head: bool) -> ForeignAdapter:
-    """What a module trained, as plain values."""
+    """What a module trained, as plain values.
+
+    Raises:
+        UsageError: if a head is to go along that is no classifier of texts.
+    """
+    if with_head and not module.kind.classifies:
+        raise UsageError(f"head = True: other libraries have no words for the head of kind {module.task.kind}")
     backbone: Any = module.backbone
     state = {
         name.removeprefix("backbone."): tensor.detach().cpu().clone()

@@ -40,6 +40,7 @@ class AdapterConfig:
         target: regular expression over the sites' paths; adapters go where it is found. None: everywhere, and for
             LoRA the projections of query and value.
         name: the adapter's name inside the backbone.
+        cross: whether Houlsby's adapters also follow a decoder's attention to the encoder.
 
     Raises:
         UsageError: if a value is not allowed.
@@ -52,6 +53,7 @@ class AdapterConfig:
     init_std: float = 0.02
     target: str | None = None
     name: str = "sparse"
+    cross: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "adapter")
@@ -65,6 +67,8 @@ class AdapterConfig:
             )
         if not self.init_std > 0:  # from zero, a matrix and its partner never get a gradient
             raise UsageError(f"adapter.init_std = {self.init_std}: must be above 0")
+        if self.cross and self.kind != "houlsby":
+            raise UsageError(f"adapter.cross = True: adapter.kind must be houlsby, not {self.kind!r}")
 
     @property
     def factor(self) -> float:
@@ -101,10 +105,16 @@ def attach_adapters(
     family = family_of(hf_config.model_type)
     if (reason := refusal(hf_config.model_type, config.kind)) is not None:
         raise UsageError(f"adapter.kind = {config.kind!r} on a backbone of type {hf_config.model_type!r}: {reason}")
+    if config.cross and not family.crossing:
+        able = " and ".join(name for name, other in FAMILIES.items() if other.crossing)
+        raise UsageError(f"adapter.cross = True on a backbone of type {hf_config.model_type!r}: must be {able}")
+    places = [*_places(family, config.kind), *(family.crossing if config.cross else ())]
+    there = {name for name, _ in backbone.named_modules()}
     sites = [
         (f"{layer}.{place.owner}".rstrip("."), layer, place)
         for layer in family.layers(hf_config)
-        for place in _places(family, config.kind)
+        for place in places
+        if place not in family.crossing or f"{layer}.{place.owner}" in there
     ]
     if config.kind == "lora" and config.target is None:
         chosen = {site for site, _, place in sites if place.owner in family.query_value}

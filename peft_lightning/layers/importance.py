@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peft_lightning.errors import UsageError
 from peft_lightning.functional.heads import gate_units
+from peft_lightning.functional.sequences import sum_by_row
 from peft_lightning.layers.pruned_heads import attention_sites, feed_forward_sites
 
 __all__ = ["Importance", "measure_importance"]
@@ -57,8 +58,8 @@ def measure_importance(
     Args:
         backbone: runs inside ``batch_loss``.
         batch_loss: batch -> (sum of its examples' losses, sum of their weights), two scalars.
-        batches: this rank's, with ``inputs`` that hold an ``attention_mask`` ``[B, L]``; ranks may have different
-            numbers of them.
+        batches: this rank's, with ``inputs`` that hold an ``attention_mask`` ``[N, L]``, and ``sequences`` where an
+            example is several sequences; ranks may have different numbers of them.
         reduce: tensor -> its sum over all ranks (the identity for one process).
         neurons: whether the feed-forward blocks' neurons are measured.
         blocks: whether whole blocks are.
@@ -79,15 +80,19 @@ def measure_importance(
     whole = {path: torch.zeros(1, dtype=torch.float64, device=device) for path in dict.fromkeys(owners.values())}
     counts = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        slopes = _slopes(backbone, batch_loss, batch, places)
+        slopes = {
+            name: sum_by_row(slope_NU, batch["inputs"])
+            for name, slope_NU in _slopes(backbone, batch_loss, batch, places).items()
+        }
         together: dict[str, Tensor] = {}
         for name, slope_BU in slopes.items():
             sums[name] += slope_BU.double().abs().sum(0)
             together[owners[name]] = together.get(owners[name], 0) + slope_BU.double().sum(1)
         for path, slope_B in together.items():
             whole[path] += slope_B.abs().sum()
-        mask_BL = batch["inputs"]["attention_mask"]
-        counts += torch.tensor([len(mask_BL), int(mask_BL.sum())], dtype=torch.float64, device=device)
+        tokens = int(batch["inputs"]["attention_mask"].sum())
+        rows = len(batch["inputs"].get("sequences", batch["inputs"]["attention_mask"]))
+        counts += torch.tensor([rows, tokens], dtype=torch.float64, device=device)
     # one message for all
     flat = reduce(torch.cat([*sums.values(), *whole.values(), counts])).cpu()
     *parts, counts = flat.split([*(len(total) for total in sums.values()), *(1 for _ in whole), 2])
@@ -108,7 +113,7 @@ def measure_importance(
 def _slopes(
     backbone: nn.Module, batch_loss: Callable[[Any], tuple[Tensor, Tensor]], batch: Any, places: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """d l_b / d xi of every example and unit, ``[B, U]`` per place."""
+    """d l / d xi of every sequence and unit, ``[N, U]`` per place."""
     with torch.enable_grad(), _gated(backbone, places) as gates:
         loss, _ = batch_loss(batch)
         slopes = torch.autograd.grad(loss, list(gates.values()), materialize_grads=True)

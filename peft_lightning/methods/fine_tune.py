@@ -22,7 +22,8 @@ class FineTuneModule(TaskModule):
         task: name of a row of the task table, or a row.
         backbone: which encoder; a string is a folder or hub name.
         optim: the optimiser's settings.
-        head: ``dense`` (dense-tanh-linear on the text's token) or ``linear``.
+        head: ``dense`` (dense, tanh, linear), ``linear``, or ``auto``: dense on the token that stands for a text,
+            linear on every token.
         head_dropout: dropout in the head.
         class_weights: one weight per class in the loss.
         max_length: tokens at most in ``predict``.
@@ -37,7 +38,7 @@ class FineTuneModule(TaskModule):
         task: str | Task,
         backbone: str | BackboneConfig,
         optim: OptimConfig = OptimConfig(lr=1e-4),
-        head: str = "dense",
+        head: str = "auto",
         head_dropout: float = 0.1,
         class_weights: Sequence[float] | None = None,
         max_length: int = 128,

@@ -63,7 +63,8 @@ class PruneLoRAModule(TaskModule):
         lora: ranks and scaling.
         train_norms: whether the backbone's norms train.
         optim: the optimiser's settings.
-        head: ``dense`` (dense-tanh-linear on the text's token) or ``linear``.
+        head: ``dense`` (dense, tanh, linear), ``linear``, or ``auto``: dense on the token that stands for a text,
+            linear on every token.
         head_dropout: dropout in the head.
         class_weights: one weight per class in the loss.
         max_length: tokens at most in ``predict``.
@@ -84,7 +85,7 @@ class PruneLoRAModule(TaskModule):
         lora: RankConfig = RankConfig(),
         train_norms: bool = True,
         optim: OptimConfig = OptimConfig(lr=1e-3),
-        head: str = "dense",
+        head: str = "auto",
         head_dropout: float = 0.1,
         class_weights: Sequence[float] | None = None,
         max_length: int = 128,

@@ -126,7 +126,8 @@ class SparseAdapterModule(TaskModule):
         adapter: kind, shape and place of the adapters.
         prune: what is removed before training.
         optim: the optimiser's settings.
-        head: ``dense`` (dense-tanh-linear on the text's token) or ``linear``.
+        head: ``dense`` (dense, tanh, linear), ``linear``, or ``auto``: dense on the token that stands for a text,
+            linear on every token.
         head_dropout: dropout in the head.
         class_weights: one weight per class in the loss.
         max_length: tokens at most in ``predict``.
@@ -145,7 +146,7 @@ class SparseAdapterModule(TaskModule):
         adapter: AdapterConfig = AdapterConfig(),
         prune: PruneConfig = PruneConfig(),
         optim: OptimConfig = OptimConfig(lr=1e-3),
-        head: str = "dense",
+        head: str = "auto",
         head_dropout: float = 0.1,
         class_weights: Sequence[float] | None = None,
         max_length: int = 128,

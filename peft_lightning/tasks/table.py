@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft_lightning.errors import UsageError
+from peft_lightning.tasks.further import FURTHER
 
 _STAGES = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
 
@@ -31,10 +32,15 @@ class Task:
         labels: names of the classes, in the order of their numbers; empty for a regression.
         metrics: names that ``tasks/metrics.py`` knows; the first one is monitored.
         name: shown in messages and records.
-        hub: path of a Hugging Face data set and, where it has one, its configuration.
+        hub: path of a Hugging Face data set (``path@revision`` for a revision) and, where it has one, its
+            configuration.
         splits: which split each stage (train, validation, test, predict) reads; a stage left out reads the
             split of its own name, and ``predict`` reads ``test``.
         folder: the folder that holds the files under a data root; the task's name if empty.
+        options: what the kind needs beyond these; its class says what there is.
+        also: what files or repositories call a column that does not have its own name there; ``a.b`` is the entry b
+            of the mappings in the column a.
+        unlabelled: labels, as texts, that mean that a row has none; such rows are left out where labels are read.
 
     Raises:
         UsageError: a field has a value that is not allowed.
@@ -49,9 +55,12 @@ class Task:
     hub: tuple[str, ...] = ()
     splits: dict[str, str] = field(default_factory=dict)
     folder: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    also: dict[str, str] = field(default_factory=dict)
+    unlabelled: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for option in ("text", "labels", "metrics", "hub"):
+        for option in ("text", "labels", "metrics", "hub", "unlabelled"):
             object.__setattr__(self, option, self._names(option))
         object.__setattr__(self, "folder", self.folder or self.name)
         if unknown := sorted(set(self.splits) - set(_STAGES)):
@@ -110,6 +119,35 @@ def _super_glue(name: str, **fields: Any) -> Task:
     return _glue(name, path="aps/super_glue", **fields)
 
 
+_PARQUET = "@refs/convert/parquet"
+
+
+def _summary(name: str, text: str, label: str, hub: tuple[str, ...], **options: Any) -> Task:
+    where: dict[str, Any] = {key: options.pop(key) for key in ("folder", "also") if key in options}
+    where |= {"hub": hub, "metrics": ("rouge2", "rouge1", "rougeL")}
+    return Task(name=name, kind="generate", text=(text,), label=label, options=options, **where)
+
+
+def _squad(name: str, **fields: Any) -> Task:
+    splits = {"test": "validation", "predict": "validation"}
+    given: dict[str, Any] = {"options": {"id": "id"}, "splits": splits, "metrics": ("f1", "exact_match"), **fields}
+    return Task(name=name, kind="span", text=("question", "context"), label="answers", **given)
+
+
+# In the order of the hub's numbers.
+_CONLL = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC")
+_ONTONOTES = tuple(
+    "O B-CARDINAL B-DATE I-DATE B-PERSON I-PERSON B-NORP B-GPE I-GPE B-LAW I-LAW B-ORG I-ORG B-PERCENT I-PERCENT "
+    "B-ORDINAL B-MONEY I-MONEY B-WORK_OF_ART I-WORK_OF_ART B-FAC B-TIME I-CARDINAL B-LOC B-QUANTITY I-QUANTITY I-NORP "
+    "I-LOC B-PRODUCT I-TIME B-EVENT I-EVENT I-FAC B-LANGUAGE I-PRODUCT I-ORDINAL I-LANGUAGE".split()
+)
+
+
+def _tagged(name: str, label: str, labels: tuple[str, ...], hub: tuple[str, ...] = ()) -> Task:
+    metrics = ("f1", "precision", "recall", "accuracy")
+    return Task(name=name, kind="tags", text=("tokens",), label=label, labels=labels, metrics=metrics, hub=hub)
+
+
 _ROWS = (
     _glue("cola", text=("sentence",), labels=("unacceptable", "acceptable"), metrics=("mcc",)),
     _glue("sst2", text=("sentence",), labels=("negative", "positive")),
@@ -133,10 +171,78 @@ _ROWS = (
         labels=("entailment", "contradiction", "neutral"),
         metrics=("accuracy", "macro_f1"),
     ),
-    # These three are generated (data/toy.py) and need no files.
+    *(Task(**fields) for fields in FURTHER),
+    # Summaries of one sentence. ROUGE-2 comes first, as papers on adapters choose by it; the search on XSum is BART's.
+    _summary("xsum", hub=(f"EdinburghNLP/xsum{_PARQUET}",), text="document", label="summary", id="id", min_target=10),
+    # On the hub these are lists, of a text's sentences and of summaries, in a script that datasets no longer runs.
+    _summary(
+        "scitldr",
+        hub=("allenai/scitldr", "Abstract"),
+        folder="scitldr_a",
+        text="document",
+        label="summary",
+        targets="all_targets",
+        id="id",
+        also={"document": "source", "summary": "target", "all_targets": "target", "id": "paper_id"},
+    ),
+    _summary(
+        "aeslc",
+        hub=(f"Yale-LILY/aeslc{_PARQUET}",),
+        text="document",
+        label="summary",
+        max_target=32,
+        also={"document": "email_body", "summary": "subject_line"},
+    ),
+    _squad("squad_v1", hub=("rajpurkar/squad",)),
+    _squad("squad_v2", hub=("rajpurkar/squad_v2",), options={"id": "id", "unanswerable": True}),
+    # Both hub paths lead to Parquet: the original repositories are scripts, which datasets no longer runs. OntoNotes
+    # is licensed by the LDC: see to it that you may use it.
+    _tagged("conll2003", "ner_tags", _CONLL, hub=("lhoestq/conll2003",)),
+    _tagged("ontonotes", "tags", _ONTONOTES, hub=("tner/ontonotes5@refs/convert/parquet",)),
+    # These are generated (data/toy.py) and need no files.
     Task(name="toy_sentiment", labels=("negative", "positive")),
+    Task(name="toy_choice", kind="choice", text=("question",), options={"choices": ["choices"]}),
+    Task(
+        name="toy_groups",
+        kind="grouped",
+        text=("paragraph", "question"),
+        labels=("wrong", "right"),
+        metrics=("f1a", "em"),
+        options={"group": ["paragraph", "question"], "joined": ["answer"]},
+    ),
+    Task(
+        name="toy_marked",
+        kind="marked",
+        labels=("apart", "together"),
+        # words of the toy language that its sentences here do not have
+        options={"words": {"text": ["index1", "word1", "index2", "word2"]}, "marks": ["good", "bad"]},
+    ),
+    Task(
+        name="toy_topics",
+        kind="multilabel",
+        text=_PAIR,
+        labels=("growth", "bulk"),
+        metrics=("f1_micro", "f1_macro", "accuracy"),
+    ),
+    _tagged("toy_tags", "label", ("O", "B-LIKED", "I-LIKED", "B-DISLIKED", "I-DISLIKED")),
     Task(name="toy_pairs", text=_PAIR, labels=("different", "same"), metrics=("accuracy", "f1")),
     Task(name="toy_similarity", kind="regress", text=_PAIR, metrics=("pearson", "spearman")),
+    Task(
+        name="toy_span",
+        kind="span",
+        text=("question", "context"),
+        label="answers",
+        metrics=("f1", "exact_match"),
+        # windows so short that many contexts need two
+        options={"window": 13, "stride": 4, "max_question": 2, "max_answer": 3},
+    ),
+    Task(
+        name="toy_copy",
+        kind="generate",
+        label="copy",
+        metrics=("rougeL", "rouge1", "rouge2"),
+        options={"max_target": 10, "beams": 2, "no_repeat_ngram": 0},
+    ),
 )
 
 TASKS: dict[str, Task] = {row.name: row for row in _ROWS}

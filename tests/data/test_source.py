@@ -105,13 +105,18 @@ def test_toy_tasks_need_no_files() -> None:
 def test_hub_is_asked_last(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(*path: str, split: str) -> datasets.Dataset:
-        asked.append((path, split))
+    def load(*path: str, split: str, revision: str | None) -> datasets.Dataset:
+        asked.append((path, split, revision))
         return datasets.Dataset.from_list([{"sentence": "a", "label": 0}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read(get_task("sst2"), "test") == [{"sentence": "a", "label": 0}]
-    assert asked == [(("nyu-mll/glue", "sst2"), "validation")]
+    fixed = Task(text=("sentence",), labels=("a", "b"), hub=("owner/name@refs/convert/parquet",))
+    assert read(fixed, "train") == [{"sentence": "a", "label": 0}]
+    assert asked == [
+        (("nyu-mll/glue", "sst2"), "validation", None),
+        (("owner/name",), "train", "refs/convert/parquet"),
+    ]
 
 
 def test_hub_without_network_is_one_clear_line() -> None:
@@ -189,3 +194,23 @@ def test_python_rows_of_another_kind() -> None:
 def test_task_without_any_source() -> None:
     with pytest.raises(UsageError, match="root is null; allowed for task 'mine': a folder, since it has no hub"):
         read()
+
+
+def test_columns_by_other_names() -> None:
+    """A column's own name comes first; ``a.b`` is an entry of mappings, and a column of that very name comes before."""
+    rows = [
+        {"answerKey": "B", "idx": {"question": 3}, "text": "a", "c.d": 5},
+        {"answerKey": "C", "idx": {"question": 4}, "text": "b", "c.d": 6},
+    ]
+    also = {"label": "answerKey", "group": "idx.question", "text": "elsewhere", "flat": "c.d"}
+    for given in (rows, datasets.Dataset.from_list(rows)):
+        source = open_source(Task(name="mine"), "train", {"train": given}, None)
+        parts = list(source.slices(("label", "group", "text", "flat"), 1, also))
+        assert parts == [
+            {"label": ["B"], "group": [3], "text": ["a"], "flat": [5]},
+            {"label": ["C"], "group": [4], "text": ["b"], "flat": [6]},
+        ]
+        with pytest.raises(DataError, match=r"has no column 'label'; there are: answerKey, idx, text, c.d"):
+            next(source.slices(("label",), 1))
+        with pytest.raises(DataError, match=r"row 0, column 'idx': \{'question': 3\} has no entry 'answer'"):
+            next(source.slices(("group",), 2, {"group": "idx.answer"}))

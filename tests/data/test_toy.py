@@ -11,7 +11,7 @@ from peft_lightning.data.toy import toy_rows
 from peft_lightning.errors import UsageError
 from peft_lightning.tasks.table import get_task
 
-TASKS = ["toy_sentiment", "toy_pairs", "toy_similarity"]
+TASKS = ["toy_sentiment", "toy_pairs", "toy_similarity", "toy_span", "toy_copy"]
 NEGATIONS, GOOD, BAD = {"not", "hardly"}, {"good", "clever", "brave"}, {"bad", "silly", "lazy"}
 ANIMALS = {"cat", "dog", "horse", "fish"}
 SIZES = ["tiny", "small", "average", "large", "huge"]
@@ -93,3 +93,57 @@ def test_unknown_task_and_split() -> None:
         toy_rows("toy_poems", "train")
     with pytest.raises(UsageError, match="split is 'dev'; allowed for generated data: train, validation, test"):
         toy_rows("toy_pairs", "dev")
+
+
+def test_a_copy_is_the_text() -> None:
+    rows = toy_rows("toy_copy", "train")
+    assert all(row["copy"] == row["text"] for row in rows)
+    assert {len(row["text"].split()) for row in rows} == {5, 6}
+
+
+def test_choice_names_the_animal_of_the_question() -> None:
+    rows = toy_rows("toy_choice", "train")
+    for row in rows:
+        (animal,) = {*row["question"].split()} & ANIMALS
+        assert [animal in choice.split() for choice in row["choices"]].index(True) == row["label"]
+        assert sum(animal in choice.split() for choice in row["choices"]) == 1
+    assert {len(row["choices"]) for row in rows} == {2, 3, 4}
+
+
+def test_groups_compare_sizes() -> None:
+    rows = toy_rows("toy_groups", "validation")
+    for row in rows:
+        limit, size = (SIZES.index(row[column].split()[-1]) for column in ("paragraph", "answer"))
+        assert row["label"] == int(size <= limit)
+    questions = Counter((row["paragraph"], row["question"]) for row in rows)
+    assert max(questions.values()) > 3 and len(questions) > 50
+
+
+def test_marked_words_are_of_one_part_or_not() -> None:
+    rows = toy_rows("toy_marked", "train")
+    for row in rows:
+        words = row["text"].split()
+        assert words[row["index1"]] == row["word1"] and words[row["index2"]] == row["word2"]
+        assert row["label"] == int(row["index2"] == row["index1"] + 1)
+    for name in ("index1", "index2"):
+        for place in {row[name] for row in rows}:
+            having = [row["label"] for row in rows if row[name] == place]
+            assert 0.25 < sum(having) / len(having) < 0.75
+
+
+def test_topics_are_the_order_and_the_sum_of_sizes() -> None:
+    rows = toy_rows("toy_topics", "train")
+    for row in rows:
+        first, second = (SIZES.index(row[column].split()[-1]) for column in ("sentence1", "sentence2"))
+        assert row["label"] == [name for name, yes in (("growth", second > first), ("bulk", first + second > 4)) if yes]
+    assert {len(row["label"]) for row in rows} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("task", ["toy_choice", "toy_groups", "toy_marked", "toy_topics"])
+def test_splits_of_rows_with_several_columns_share_no_example(task: str) -> None:
+    splits = [
+        {str({name: value for name, value in row.items() if name != "label"}) for row in toy_rows(task, split)}
+        for split in ("train", "validation", "test")
+    ]
+    assert sum(map(len, splits)) == len(set.union(*splits))
+    assert all(len(split) > 100 for split in splits)

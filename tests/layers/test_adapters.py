@@ -238,3 +238,31 @@ def test_bf16_backbone_keeps_fp32_adapters() -> None:
 def test_wrong_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         AdapterConfig(**options)
+
+
+def test_adapters_after_cross_attention_follow_the_formulas() -> None:
+    model, without = plain("bart").eval(), plain("bart").eval()
+    adapters = attach_adapters(model, AdapterConfig(bottleneck=3, init_std=0.3, name="one", cross=True))
+    default = attach_adapters(plain("bart"), AdapterConfig(bottleneck=3, name="one"))
+    assert set(adapters) - set(default) == {"decoder.layers.0.encoder_attn.out_proj.adapters.one"}
+    assert set(default) < set(adapters)
+    tensors = new_tensors(model)
+    for name, tensor in tensors.items():
+        if name.endswith("bias"):
+            nn.init.normal_(tensor, std=0.3)
+    partial = {name: tensor for name, tensor in tensors.items() if "encoder_attn" not in name}
+    assert_close(run(model), run(oracle(without, tensors, "houlsby", 1.0)), rtol=1e-4, atol=1e-5)
+    assert (run(model) - run(oracle(plain("bart").eval(), partial, "houlsby", 1.0))).abs().max() > 1e-3
+    got = torch.autograd.grad(run(model).square().sum(), list(tensors.values()))
+    assert all(gradient.abs().max() > 0 for gradient in got)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_cross_attention_that_is_not_there(family: str) -> None:
+    with pytest.raises(UsageError, match=f"adapter.cross = True on a backbone of type '{family}': must be bart"):
+        attach_adapters(plain(family), AdapterConfig(cross=True))
+
+
+def test_cross_is_for_houlsby_only() -> None:
+    with pytest.raises(UsageError, match="adapter.cross = True: adapter.kind must be houlsby, not 'lora'"):
+        AdapterConfig(kind="lora", cross=True)

@@ -130,3 +130,34 @@ def test_no_hook_stays_and_no_data_is_an_error() -> None:
         measured(model, [])
     measured(model, batches())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_example_of_several_sequences_is_one() -> None:
+    """|dL/dgate| of a row adds its sequences' slopes before the absolute value: a choice is one example."""
+    model = backbone("bert", {"num_attention_heads": 4}).double()
+    torch.manual_seed(3)
+    head = nn.Linear(16, 1).double()
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 30, (5, 6), generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "sequences": torch.tensor([2, 3])}
+    batch = {"inputs": inputs, "labels": torch.tensor([1, 0])}
+
+    def loss(one: Any) -> tuple[Tensor, Tensor]:
+        known = {name: one["inputs"][name] for name in ("input_ids", "attention_mask")}
+        scores_N = head(model(**known).last_hidden_state[:, 0])[:, 0]
+        rows = scores_N.split(one["inputs"]["sequences"].tolist())
+        parts = [nn.functional.cross_entropy(row, label) for row, label in zip(rows, one["labels"], strict=True)]
+        return torch.stack(parts).sum(), torch.tensor(1.0)
+
+    def found(some: list[Any]) -> Importance:
+        return measure_importance(model, loss, some, reduce=lambda tensor: tensor)
+
+    def part(rows: slice, sequences: slice) -> dict[str, Any]:
+        cut = {name: inputs[name][rows if name == "sequences" else sequences] for name in inputs}
+        return {"inputs": cut, "labels": batch["labels"][rows]}
+
+    together = found([batch])
+    singles = [found([part(slice(0, 1), slice(0, 2))]), found([part(slice(1, 2), slice(2, 5))])]
+    assert (together.examples, together.tokens) == (2, 30)
+    for path, scores in together.heads.items():
+        assert_close(scores, sum(one.heads[path] * one.tokens for one in singles) / 30)

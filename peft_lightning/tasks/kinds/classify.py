@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_lightning.errors import DataError, UsageError
-from peft_lightning.tasks.kinds.base import Kind
+from peft_lightning.tasks.batch import Batch
+from peft_lightning.tasks.kinds.base import Kind, Model
 from peft_lightning.tasks.table import Task
 
 
@@ -24,11 +25,14 @@ class Classify(Kind):
         UsageError: the task names fewer than two classes.
     """
 
+    classifies = True
+    trivial = "majority class"
+
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         if len(task.labels) < 2:
             names = list(task.labels)
-            raise UsageError(f"task.labels is {names}; allowed for kind classify: two names or more")
+            raise UsageError(f"task.labels is {names}; allowed for kind {task.kind}: two names or more")
 
     @property
     def num_outputs(self) -> int:
@@ -48,24 +52,25 @@ class Classify(Kind):
         numbers, names = f"0 to {self.num_outputs - 1}", ", ".join(self.task.labels)
         raise DataError(f"the label is {value!r}; allowed: {numbers}, or one of {names}")
 
-    def loss(self, logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the summed cross-entropy and the summed weights of the labels' classes."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        weights = logits.new_ones(self.num_outputs) if class_weights is None else class_weights.to(logits.dtype)
-        return F.cross_entropy(logits, labels, weights, reduction="sum"), weights[labels].sum()
+    def losses(self, outputs: Tensor, batch: Batch, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy times the weight of the label's class, and that weight."""
+        labels_B = batch["labels"]
+        outputs_BC = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        weights_C = outputs_BC.new_ones(self.num_outputs) if class_weights is None else class_weights.to(outputs_BC)
+        return F.cross_entropy(outputs_BC, labels_B, weights_C, reduction="none"), weights_C[labels_B]
 
-    def predictions(self, logits: Tensor) -> Tensor:
-        """Return the class with the largest logit, int64 [B]."""
-        return logits.argmax(-1)
+    def predictions(self, outputs: Tensor, batch: Batch, model: Model) -> Tensor:
+        """Return the class with the largest output, int64 [B]."""
+        return outputs.argmax(-1)
 
     def constant(self, labels: Tensor) -> Tensor:
         """Return the most frequent class, the smallest if several are."""
         return torch.bincount(labels, minlength=self.num_outputs).argmax()
 
-    def decode(self, logits: Tensor) -> list[dict[str, Any]]:
+    def answers(self, outputs: Tensor, batch: Batch, model: Model) -> list[dict[str, Any]]:
         """Return ``{"label": name, "probabilities": {name: probability}}`` per row."""
         answers = []
-        for row in logits.float().softmax(-1).tolist():
+        for row in outputs.float().softmax(-1).tolist():
             label = self.task.labels[row.index(max(row))]
             answers.append({"label": label, "probabilities": dict(zip(self.task.labels, row, strict=True))})
         return answers

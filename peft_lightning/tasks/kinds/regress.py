@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from peft_lightning.errors import DataError, UsageError
-from peft_lightning.tasks.kinds.base import Kind
+from peft_lightning.tasks.batch import Batch
+from peft_lightning.tasks.kinds.base import Kind, Model
 from peft_lightning.tasks.table import Task
 
 
@@ -19,6 +20,9 @@ class Regress(Kind):
     Raises:
         UsageError: the task names classes.
     """
+
+    classifies = True
+    trivial = "the mean, always"
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -36,21 +40,21 @@ class Regress(Kind):
             return float(value)
         raise DataError(f"the label is {value!r}; allowed: a finite number")
 
-    def loss(self, logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the summed squared error and the number of examples."""
+    def losses(self, outputs: Tensor, batch: Batch, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the squared error, and 1."""
         if class_weights is not None:
             raise UsageError("class_weights is set; allowed for kind regress: null")
-        error = self.predictions(logits) - labels.float()
-        return (error * error).sum(), error.new_tensor(len(error))
+        error_B = outputs[:, 0].float() - batch["labels"].float()
+        return error_B * error_B, error_B.new_ones(len(error_B))
 
-    def predictions(self, logits: Tensor) -> Tensor:
+    def predictions(self, outputs: Tensor, batch: Batch, model: Model) -> Tensor:
         """Return the number itself, float32 [B]."""
-        return logits[:, 0].float()
+        return outputs[:, 0].float()
 
     def constant(self, labels: Tensor) -> Tensor:
         """Return the mean."""
         return labels.float().mean()
 
-    def decode(self, logits: Tensor) -> list[dict[str, Any]]:
+    def answers(self, outputs: Tensor, batch: Batch, model: Model) -> list[dict[str, Any]]:
         """Return ``{"score": number}`` per row."""
-        return [{"score": score} for score in self.predictions(logits).tolist()]
+        return [{"score": score} for score in outputs[:, 0].float().tolist()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from torchmetrics.classification import MultilabelAccuracy
 from peft_lightning.backbones.toy import toy_tokenizer
 from peft_lightning.errors import DataError, UsageError
 from peft_lightning.layers.heads import ClassificationHead
-from peft_lightning.tasks.kinds.base import Kind, build_kind
+from peft_lightning.tasks.batch import Batch
+from peft_lightning.tasks.kinds.base import Kind, Model, build_kind
 from peft_lightning.tasks.kinds.classify import Classify
 from peft_lightning.tasks.kinds.regress import Regress
 from peft_lightning.tasks.table import Task, get_task
@@ -26,6 +28,8 @@ from peft_lightning.tasks.table import Task, get_task
 class ManyLabels(Kind):
     """A kind from outside: any number of classes per text."""
 
+    trivial = "what most have"
+
     @property
     def num_outputs(self) -> int:
         return len(self.task.labels)
@@ -33,12 +37,12 @@ class ManyLabels(Kind):
     def target(self, value: Any) -> list[int]:
         return [int(name in value) for name in self.task.labels]
 
-    def loss(self, logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
-        return loss, loss.new_tensor(labels.numel())
+    def losses(self, outputs: Tensor, batch: Batch, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        loss_BC = F.binary_cross_entropy_with_logits(outputs.float(), batch["labels"].float(), reduction="none")
+        return loss_BC.sum(1), loss_BC.new_full((len(loss_BC),), self.num_outputs)
 
-    def predictions(self, logits: Tensor) -> Tensor:
-        return (logits > 0).long()
+    def predictions(self, outputs: Tensor, batch: Batch, model: Model) -> Tensor:
+        return (outputs > 0).long()
 
     def metrics(self) -> MetricCollection:
         return MetricCollection({"accuracy": MultilabelAccuracy(self.num_outputs)})
@@ -46,8 +50,8 @@ class ManyLabels(Kind):
     def constant(self, labels: Tensor) -> Tensor:
         return labels.float().mean(0).round()
 
-    def decode(self, logits: Tensor) -> list[dict[str, Any]]:
-        return [{"labels": [n for n, z in zip(self.task.labels, row, strict=True) if z > 0]} for row in logits]
+    def answers(self, outputs: Tensor, batch: Batch, model: Model) -> list[dict[str, Any]]:
+        return [{"labels": [n for n, z in zip(self.task.labels, row, strict=True) if z > 0]} for row in outputs]
 
 
 class NoKind:
@@ -55,6 +59,8 @@ class NoKind:
 
 
 HERE = f"{__name__}.ManyLabels"
+MODEL: Any = None  # these kinds ask nothing of it
+WIDTH_8: Any = SimpleNamespace(config=SimpleNamespace(hidden_size=8))
 THREE = Task(name="three", labels=("bad", "fair", "good"))
 SCORE = Task(name="score", kind="regress", metrics=("pearson",))
 
@@ -78,8 +84,8 @@ def test_kinds_are_found_by_name() -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("klassify", r"task.kind is 'klassify'; allowed: classify, regress, or package.module.Class"),
-        ("base", r"task.kind is 'base'; allowed: classify, regress"),
+        ("klassify", r"task.kind is 'klassify'; allowed: .*classify, .*regress, .*or package.module.Class"),
+        ("base", r"task.kind is 'base'; allowed: .*classify, .*regress"),
         ("no_such_package.Kind", r"task.kind is 'no_such_package.Kind', which cannot be imported: No module"),
         (f"{__name__}.Missing", r"task.kind is '.*Missing'; allowed: a subclass of .*kinds.base.Kind"),
         (f"{__name__}.NoKind", r"task.kind is '.*NoKind'; allowed: a subclass of .*kinds.base.Kind"),
@@ -96,14 +102,14 @@ def test_kind_from_outside_works_whole() -> None:
     columns = encode(task, {"text": ["the cat", "the dog"], "label": [["x", "z"], []]})
     labels = torch.tensor(columns["labels"])
     assert columns["labels"] == [[1, 0, 1], [0, 0, 0]]
-    head = kind.head(8, "linear", 0.0)
+    head = kind.head(WIDTH_8, "linear", 0.0)
     logits = head(torch.randn(2, 4, 8))
-    loss, weight = kind.loss(logits, labels, None)
-    assert loss.shape == weight.shape == () and weight == 6
+    losses, weights = kind.losses(logits, {"labels": labels}, None)
+    assert losses.shape == weights.shape == (2,) and weights.sum() == 6
     metrics = kind.metrics()
-    metrics.update(kind.predictions(logits), labels)
+    metrics.update(kind.predictions(logits, {}, MODEL), labels)
     assert set(metrics.compute()) == {"accuracy"}
-    assert kind.decode(torch.tensor([[1.0, -1.0, 2.0]])) == [{"labels": ["x", "z"]}]
+    assert kind.answers(torch.tensor([[1.0, -1.0, 2.0]]), {}, MODEL) == [{"labels": ["x", "z"]}]
 
 
 # -- encoding
@@ -187,7 +193,9 @@ def test_classify_loss_is_a_weighted_sum() -> None:
     weights = torch.tensor([1.0, 2.0, 0.5])
     kind = build_kind(THREE)
     for class_weights in (None, weights):
-        loss, weight = kind.loss(logits, labels, class_weights)
+        losses, weights_B = kind.losses(logits, {"labels": labels}, class_weights)
+        loss, weight = losses.sum(), weights_B.sum()
+        assert losses.shape == weights_B.shape == (5,)
         expected = 0.0
         for row, label in zip(logits.float(), labels, strict=True):
             factor = 1.0 if class_weights is None else float(class_weights[label])
@@ -202,25 +210,28 @@ def test_sums_of_uneven_parts_add_up(task: Task) -> None:
     kind = build_kind(task)
     logits = torch.randn(7, kind.num_outputs)
     labels = torch.tensor([0, 1, 2, 2, 1, 0, 0])
-    parts = [kind.loss(logits[part], labels[part], None) for part in (slice(0, 5), slice(5, 7), slice(7, 7))]
-    together = kind.loss(logits, labels, None)
+    parts = [
+        kind.losses(logits[part], {"labels": labels[part]}, None) for part in (slice(0, 5), slice(5, 7), slice(7, 7))
+    ]
+    together = kind.losses(logits, {"labels": labels}, None)
     for number in (0, 1):
-        assert_close(sum(part[number] for part in parts), together[number])
+        assert_close(torch.cat([part[number] for part in parts]), together[number])
 
 
 def test_regress_loss_is_squared_error() -> None:
-    loss, weight = build_kind(SCORE).loss(torch.tensor([[1.0], [3.0]]), torch.tensor([0.0, 1.0]), None)
-    assert_close((loss, weight), (torch.tensor(5.0), torch.tensor(2.0)))
+    batch = {"labels": torch.tensor([0.0, 1.0])}
+    losses, weights = build_kind(SCORE).losses(torch.tensor([[1.0], [3.0]]), batch, None)
+    assert_close((losses, weights), (torch.tensor([1.0, 4.0]), torch.ones(2)))
 
 
 def test_answers() -> None:
-    answer = build_kind(THREE).decode(torch.tensor([[0.0, 1.0, 0.0]]))[0]
+    answer = build_kind(THREE).answers(torch.tensor([[0.0, 1.0, 0.0]]), {}, MODEL)[0]
     assert answer["label"] == "fair"
     assert list(answer["probabilities"]) == ["bad", "fair", "good"]
     assert sum(answer["probabilities"].values()) == pytest.approx(1.0)
-    assert build_kind(SCORE).decode(torch.tensor([[2.5]])) == [{"score": 2.5}]
-    assert_close(build_kind(THREE).predictions(torch.tensor([[0.0, 1.0, 0.0]])), torch.tensor([1]))
-    assert_close(build_kind(SCORE).predictions(torch.tensor([[2.5]])), torch.tensor([2.5]))
+    assert build_kind(SCORE).answers(torch.tensor([[2.5]]), {}, MODEL) == [{"score": 2.5}]
+    assert_close(build_kind(THREE).predictions(torch.tensor([[0.0, 1.0, 0.0]]), {}, MODEL), torch.tensor([1]))
+    assert_close(build_kind(SCORE).predictions(torch.tensor([[2.5]]), {}, MODEL), torch.tensor([2.5]))
 
 
 def test_constant_predictions() -> None:
@@ -229,7 +240,7 @@ def test_constant_predictions() -> None:
 
 
 def test_head_has_the_kinds_width() -> None:
-    head = build_kind(THREE).head(8, "dense", 0.1)
+    head = build_kind(THREE).head(WIDTH_8, "dense", 0.1)
     assert isinstance(head, ClassificationHead)
     assert head(torch.randn(2, 5, 8)).shape == (2, 3)
 
@@ -246,6 +257,11 @@ def test_wrong_labels_for_the_kind(task: Task, message: str) -> None:
         build_kind(task)
 
 
+def test_options_that_a_kind_does_not_know() -> None:
+    with pytest.raises(UsageError, match="task.options has 'stride'; allowed for kind classify: none"):
+        build_kind(Task(labels=("a", "b"), options={"stride": 1}))
+
+
 def test_regress_refuses_class_weights() -> None:
     with pytest.raises(UsageError, match="class_weights is set; allowed for kind regress: null"):
-        build_kind(SCORE).loss(torch.zeros(1, 1), torch.zeros(1), torch.ones(1))
+        build_kind(SCORE).losses(torch.zeros(1, 1), {"labels": torch.zeros(1)}, torch.ones(1))

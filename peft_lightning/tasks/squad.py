@@ -1,0 +1,112 @@
+"""The metrics of SQuAD, equal to its official scripts for versions 1.1 and 2.0, as shares instead of percent.
+
+An answer and a gold answer are compared as words: in lower case, without ASCII punctuation, without the articles a, an
+and the. Exact match: the words are the same. F1: ``2 n / (p + g)`` for n words in common (with repetition) of p and g.
+The best gold answer counts. The versions differ where no words are left: F1 is 0 in 1.1; in 2.0 two texts without words
+are equal, gold answers without words are dropped, and a question without gold answers has the empty one.
+
+Sources: https://arxiv.org/abs/1606.05250, https://arxiv.org/abs/1806.03822.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from peft_lightning.errors import UsageError
+
+__all__ = ["SpanMetric", "build_span_metrics"]
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_UNIT = 2**32  # of the sums, which are whole so that they do not depend on the order of questions or on the ranks
+
+
+@lru_cache(maxsize=4096)
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def _exact_match(found: tuple[str, ...], gold: tuple[str, ...]) -> float:
+    return float(found == gold)
+
+
+def _f1(found: tuple[str, ...], gold: tuple[str, ...]) -> float:
+    common = (Counter(found) & Counter(gold)).total()
+    return 2 * common / (len(found) + len(gold)) if common else 0.0
+
+
+class SpanMetric(Metric):
+    """Mean over questions of an answer's score against the best gold answer; 0 for no question.
+
+    Args:
+        score: of two lists of words.
+        unanswerable: whether to score as version 2.0 does.
+        answered: only questions that have (true) or do not have (false) gold answers; all of them if null.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    total: Tensor
+    count: Tensor
+
+    def __init__(
+        self,
+        score: Callable[[tuple[str, ...], tuple[str, ...]], float],
+        unanswerable: bool,
+        answered: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.score, self.unanswerable, self.answered = score, unanswerable, answered
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> None:
+        """Score ``predictions``, B answers, against B lists of gold answers."""
+        scores = [
+            self._best(prediction, texts)
+            for prediction, texts in zip(predictions, golds, strict=True)
+            if self.answered in (None, bool(texts))
+        ]
+        self.total += sum(round(score * _UNIT) for score in scores)
+        self.count += len(scores)
+
+    def compute(self) -> Tensor:
+        """Return a scalar in float32."""
+        # MPS has no float64
+        mean = self.total.cpu().double() / _UNIT / self.count.cpu()
+        return mean.nan_to_num(0.0).float().to(self.device)
+
+    def _best(self, prediction: str, texts: Sequence[str]) -> float:
+        found, golds = _words(prediction), [_words(text) for text in texts]
+        if self.unanswerable:
+            golds = [gold for gold in golds if gold] or [()]
+            if not found:
+                return float(() in golds)
+        return max((self.score(found, gold) for gold in golds), default=0.0)
+
+
+def build_span_metrics(names: Sequence[str], unanswerable: bool) -> MetricCollection:
+    """Return the metrics ``names``; ``update`` takes B answers and B lists of gold answers.
+
+    With ``unanswerable``, ``has_answer_f1`` and ``no_answer_accuracy`` are the parts of F1 over questions that have an
+    answer and over those that have none.
+
+    Raises:
+        UsageError: a name is unknown.
+    """
+    metrics = {"exact_match": SpanMetric(_exact_match, unanswerable), "f1": SpanMetric(_f1, unanswerable)}
+    if unanswerable:
+        metrics["has_answer_f1"] = SpanMetric(_f1, unanswerable, answered=True)
+        metrics["no_answer_accuracy"] = SpanMetric(_exact_match, unanswerable, answered=False)
+    if unknown := [name for name in names if name not in metrics]:
+        task = "questions that may have no answer" if unanswerable else "questions that have an answer"
+        raise UsageError(f"task.metrics has {unknown[0]!r}; allowed for {task}: {', '.join(metrics)}")
+    return MetricCollection({name: metrics[name] for name in names}, compute_groups=False)
