@@ -4,7 +4,7 @@ BIN := .venv/bin
 TEST_ARGS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup encoder demo test lint bench-mrpc bench-prune bench-sctd bench-sparse bench-speed bench-pretrain clean
+.PHONY: help setup encoder demo test lint bench-mrpc bench-prune bench-sctd bench-sparse bench-speed bench-pretrain bench-tasks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ bench-sctd: .venv/.stamp  ## does pretraining learn: 4 arms, 2 seeds, then MRPC 
 
 bench-prune: encoder  ## Prune-LoRA: costs in two sizes, then MRPC, RTE and SST-2; goes on where it stopped
 	@$(BIN)/python -m benchmarks.prune
+
+bench-tasks: encoder  ## every kind of task on real data, and what SQuAD's data costs; goes on where it stopped
+	@$(BIN)/python -m benchmarks.tasks
 
 bench-speed: encoder  ## step times against full fine-tuning
 	@$(BIN)/python -m benchmarks.speed

@@ -35,7 +35,7 @@ class Trial:
         epochs: over the training data.
         batch_size: rows of a step.
         max_length: tokens of a row at most.
-        checks: validations in an epoch.
+        checks: validations in an epoch; 0: one after the last step.
         steps: batches of an epoch at most, or None for all.
         sample: rows to train on, the same in every run, or None for all.
         device: cpu or cuda.
@@ -203,7 +203,8 @@ def _fit(module: TaskModule, data: TaskDataModule, recorder: Recorder, trial: Tr
         devices=1,
         precision=trial.precision,  # type: ignore[arg-type]
         max_epochs=trial.epochs,
-        val_check_interval=1 / trial.checks,
+        val_check_interval=1 / max(1, trial.checks),
+        check_val_every_n_epoch=1 if trial.checks else trial.epochs,
         limit_train_batches=trial.steps,
         logger=False,
         enable_checkpointing=False,

@@ -10,7 +10,7 @@ Pfeiffer half of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +20,17 @@ from peft_lightning import AdapterConfig, BackboneConfig, OptimConfig, PruneConf
 
 __all__ = ["SUITES", "Arm", "Suite"]
 
-_TOYS = {"cola": "toy_sentiment", "mrpc": "toy_pairs", "stsb": "toy_similarity", "rte": "toy_pairs"}
+_TOYS = {
+    "cola": "toy_sentiment",
+    "mrpc": "toy_pairs",
+    "stsb": "toy_similarity",
+    "rte": "toy_pairs",
+    "boolq": "toy_pairs",
+    "conll2003": "toy_tags",
+    "copa": "toy_choice",
+    "squad_v1": "toy_span",
+    "xsum": "toy_copy",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +51,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """Arms, tasks and seeds with their recipe. ``encoder`` None means the small one of the benchmarks."""
+    """Arms, tasks and seeds with their recipe. ``encoder`` None means what ``make`` gives for (tiny, dtype)."""
 
     name: str
     arms: tuple[Arm, ...]
@@ -51,6 +61,7 @@ class Suite:
     trial: Trial
     encoder: str | None = None
     dtype: str = "float32"
+    make: Callable[[bool, str], BackboneConfig] = backbone
 
     def runs(self, *, tiny: bool, device: str = "cpu", encoder: str | None = None) -> list[Run]:
         """Every run, seed by seed over all arms and tasks; ``tiny`` takes toy data and a few steps."""
@@ -61,7 +72,8 @@ class Suite:
         if tiny:
             trial = Trial(epochs=1, steps=6, checks=min(3, self.trial.checks), batch_size=self.trial.batch_size)
         name = encoder or self.encoder
-        model = backbone(tiny, self.dtype) if tiny or name is None else BackboneConfig(name=name, dtype=self.dtype)
+        own = tiny or name is None
+        model = self.make(tiny, self.dtype) if own else BackboneConfig(name=name, dtype=self.dtype)
         return [self._run(arm, task, seed, trial, model, tiny) for seed in seeds for task in tasks for arm in self.arms]
 
     def stem(self, task: str, arm: Arm, seed: int) -> str:
@@ -71,7 +83,7 @@ class Suite:
     def _run(self, arm: Arm, task: str, seed: int, trial: Trial, model: BackboneConfig, tiny: bool) -> Run:
         def build() -> SparseAdapterModule:
             return SparseAdapterModule(
-                task=_TOYS[task] if tiny else task,
+                task=_TOYS.get(task, task) if tiny else task,
                 backbone=model,
                 adapter=arm.adapter,
                 prune=arm.prune,
@@ -92,7 +104,8 @@ class Suite:
             "tiny": tiny,
         }
         name = self.stem(task, arm, seed)
-        return Run(name=name, settings=dict(settings), seed=seed, build=build, trial=trial, toy=tiny)
+        toy = tiny or task.startswith("toy_")
+        return Run(name=name, settings=dict(settings), seed=seed, build=build, trial=trial, toy=toy)
 
 
 def _pruned(score: str, percent: int, title: str) -> Arm:

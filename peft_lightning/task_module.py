@@ -232,7 +232,7 @@ class TaskModule(MethodModule):
         return [answer for answer, ok in zip(answers, valid, strict=True) if ok]
 
     def _answers(self, batch: Batch) -> list[dict[str, Any]]:
-        outputs = None if self.kind.generates else self(batch["inputs"])
+        outputs = torch.empty(0) if self.kind.generates else self(batch["inputs"])
         return self.kind.answers(outputs, batch, self)
 
     def _evaluate(self, batch: Batch, stage: str) -> None:

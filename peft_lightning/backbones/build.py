@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from peft_lightning.backbones.options import check_options, refuse_pruned
+from peft_lightning.backbones.options import PRUNED_FILE, check_options, pruned_folder
 from peft_lightning.backbones.quiet import quiet
 from peft_lightning.backbones.tokenizers import load_tokenizer
 from peft_lightning.checks import check_types
@@ -138,7 +138,8 @@ def _build(config: BackboneConfig, auto: Any, tokenizer: Any) -> tuple[nn.Module
     from transformers import AutoConfig
 
     try:
-        refuse_pruned(config.name)
+        if (reason := pruned_folder(config.name)) is not None:
+            raise ValueError(reason)
         if config.config is not None:
             options = dict(config.config)
             check_options(options)
@@ -164,8 +165,10 @@ def _build(config: BackboneConfig, auto: Any, tokenizer: Any) -> tuple[nn.Module
                 revision=config.revision,
                 dtype=DTYPES[config.dtype],
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused here, by name
                 **extra,
             )
+        _check_shapes(loading["mismatched_keys"])
         return model, sorted(loading["missing_keys"])
     except (OSError, ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
         what = f"backbone.name = {config.name!r}" if config.name else f"backbone.config = {config.config}"
@@ -177,6 +180,17 @@ def _held_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+def _check_shapes(mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+    """Tensors of another shape than the configuration says are most often a pruned model's."""
+    if differing := sorted(mismatched, key=lambda entry: entry[0]):
+        name, given, wanted = differing[0]
+        raise ValueError(
+            f"{len(differing)} tensors are not of the shape that its config.json says, as {name}, {tuple(given)} and "
+            f"not {tuple(wanted)}: perhaps a pruned model that was saved again without {PRUNED_FILE}; begin with the "
+            "whole backbone"
+        )
 
 
 def _refuse_lacking(config: BackboneConfig, names: list[str]) -> None:

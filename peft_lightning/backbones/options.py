@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PRUNED_FILE", "check_options", "plain_options", "refuse_pruned"]
+__all__ = ["PRUNED_FILE", "check_options", "plain_options", "pruned_folder"]
 
 PRUNED_FILE = "pruned.json"
 """Name of the file of a pruned model; a folder that has it is one."""
 
+_PRUNED = {
+    "adapter": "LoRA for a pruned model, which peft_lightning.load_pruned gives",
+    "onnx": "a pruned model as ONNX, which only onnxruntime runs",
+    "model": "a pruned model, which only peft_lightning.load_pruned reads",
+}
 _OF_A_FILE = ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path")
 
 
@@ -47,14 +53,19 @@ def plain_options(config: Any) -> dict[str, Any]:
     return {"model_type": config.model_type, "vocab_size": config.vocab_size, **options}
 
 
-def refuse_pruned(name: str | None) -> None:
-    """Refuse a pruned model's folder: its tensors are smaller than its configuration says.
+def pruned_folder(name: str | None) -> str | None:
+    """Why a folder is no backbone, where it is a pruned model's: its tensors are smaller than its configuration says.
 
     Args:
         name: a folder, or a name that stands for something else.
 
-    Raises:
-        ValueError: if it is one.
+    Returns:
+        What the folder holds and what to do; None if it is no pruned model's.
     """
-    if name is not None and (Path(name) / PRUNED_FILE).is_file():
-        raise ValueError("a pruned model, which only peft_lightning.load_pruned reads; begin with the whole backbone")
+    if name is None or not (path := Path(name) / PRUNED_FILE).is_file():
+        return None
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("kind")
+    except (OSError, ValueError, AttributeError, RecursionError):  # damaged, which load_pruned says
+        kind = "model"
+    return f"{_PRUNED.get(str(kind), _PRUNED['model'])}; begin with the whole backbone"

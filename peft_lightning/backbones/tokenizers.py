@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft_lightning.backbones.options import pruned_folder
 from peft_lightning.errors import CheckpointError, UsageError, first_line
 
 __all__ = ["load_tokenizer", "needs_spaces", "same_tokens", "tokenizer_files", "tokenizer_from_files"]
@@ -31,7 +32,8 @@ def load_tokenizer(name: str) -> Any:
         repository, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
         tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision or None, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded ({first_line(error)})") from error
+        reason = pruned_folder(name) or first_line(error)
+        raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded ({reason})") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token  # as usual for decoders; the attention mask tells them apart
     if tokenizer.pad_token_id is None:

@@ -110,8 +110,12 @@ def _config(folder: Path, record: PrunedRecord) -> Any:
 def _base(folder: Path, record: PrunedRecord, given: Any) -> Any:
     """The pruned backbone before LoRA, under a new head where the folder has a trained one."""
     seed = record.source["seed"] % 2**63
-    with seeded_on_cpu(seed):
-        backbone: Any = build_backbone(_setting(folder, record, given))
+    setting = _setting(folder, record, given)
+    try:
+        with seeded_on_cpu(seed):
+            backbone: Any = build_backbone(setting)
+    except UsageError as error:  # which calls it by the name of a module's option
+        raise UsageError(str(error).replace("backbone.name = ", "backbone = ", 1)) from error
     check_fingerprint(record.backbone, fingerprint(backbone), str(folder))
     classes = classes_of(backbone.config)
     if record.model_class not in classes:
@@ -137,6 +141,8 @@ def _setting(folder: Path, record: PrunedRecord, given: Any) -> BackboneConfig:
     """Which backbone to build."""
     source: Mapping[str, Any] = record.source
     if isinstance(given, str | Path):
+        if str(given).startswith(("/", ".", "~")) and not Path(given).is_dir():
+            raise UsageError(f"backbone = {str(given)!r}: there is no such folder")
         return BackboneConfig(name=str(given), dtype=source["dtype"])
     if given is not None:
         return as_backbone_config(given)

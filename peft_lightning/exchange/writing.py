@@ -31,6 +31,7 @@ _FITTING: dict[type[nn.Module], tuple[str, ...]] = {
     PruneLoRAModule: ("peft", "peft_lightning", "transformers", "onnx"),
     PretrainModule: ("transformers",),
 }
+_HEADLESS = "the head stays behind; to take it along, set head (command line: with, Python: True)"
 FORMATS = tuple(dict.fromkeys(name for names in _FITTING.values() for name in names))
 """What can be written. ``load`` reads our own (peft_lightning), ``import_adapter`` the first two of a SparseAdapter,
 and ``load_pruned`` what Prune-LoRA wrote for PEFT and transformers."""
@@ -99,17 +100,13 @@ def _write(fresh: Path, module: SparseAdapterModule | PruneLoRAModule, format: s
             return []
         names = [name for name, _ in module.backbone.named_modules() if name]
         write_peft(fresh, _foreign(module, bool(head)), names)
-        return (
-            ["the head stays behind; --head with, or head = True, takes it along"]
-            if head is None and not is_new
-            else []
-        )
+        return [_HEADLESS] if head is None and not is_new else []
     if format == "transformers":
         return write_model(fresh, module, head is not False)
     if format == "onnx":
         return write_onnx(fresh, module)
     write_lora(fresh, module, bool(head))
-    return ["the head stays behind; --head with, or head = True, takes it along"] if head is None else []
+    return [_HEADLESS] if head is None else []
 
 
 def _module(source: Any, backbone: Any) -> SparseAdapterModule | PruneLoRAModule | PretrainModule:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import warnings
+import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from peft_lightning.atomic import atomic_write
@@ -18,6 +19,8 @@ from peft_lightning.files.strict import check_fingerprint
 from peft_lightning.layers.importance import Importance
 
 __all__ = ["importance_of", "plain_importance", "read_importance", "write_importance"]
+
+_log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _MOST = 1e150  # its square is still a number
@@ -79,7 +82,7 @@ def read_importance(path: str | Path, backbone: Mapping[str, Any], task: str) ->
     Args:
         path: a file of :func:`write_importance`, or a folder with one that is named after the task.
         backbone: fingerprint of the backbone at hand.
-        task: name of the task at hand. An importance of another task is read, with a warning.
+        task: name of the task at hand. An importance of another task is read, which rank 0 logs as a warning.
 
     Raises:
         UsageError: if there is no such file.
@@ -101,7 +104,8 @@ def read_importance(path: str | Path, backbone: Mapping[str, Any], task: str) ->
     check_fingerprint(recorded, backbone, what)
     importance = importance_of(content, what)
     if content.get("task") not in (None, task):
-        warnings.warn(f"{what}: was measured on {str(content['task'])[:100]}, the task here is {task}", stacklevel=2)
+        measured_on = str(content["task"])[:100]
+        rank_zero_only(_log.warning)("%s: was measured on %s, the task here is %s", what, measured_on, task)
     return importance
 
 

@@ -55,9 +55,9 @@ def decide_plan(
     heads = {path: site.units for path, site in sites.items()}
     neurons = {path: site.units for path, site in blocks.items()} if prune.takes_neurons else {}
     if importance is not None:
-        _check_units(importance.heads, heads, "heads")
+        _check_units(importance.heads, heads, "heads", settings)
         if neurons and prune.order == "importance":
-            _check_units(importance.neurons, neurons, "neurons")
+            _check_units(importance.neurons, neurons, "neurons", settings)
     if prune.order == "random" or importance is None:
         raw = random_scores({path: torch.empty(units) for path, units in (heads | neurons).items()}, seed)
     else:
@@ -86,9 +86,8 @@ def block_scores(
     """
     blocks = dict.fromkeys(site.block for site in sites.values())
     if settings.blocks == "gate":
-        _check_units(
-            {path: torch.empty(1) for path in importance.blocks}, dict.fromkeys(blocks, 1), "blocks measured by a gate"
-        )
+        gates = {path: torch.empty(1) for path in importance.blocks}
+        _check_units(gates, dict.fromkeys(blocks, 1), "blocks measured by a gate", settings)
         return _ranking({path: importance.blocks[path] for path in blocks})
     final = settings.blocks == "normalised"
     heads = normalise(importance.heads, settings.norm) if final else importance.heads
@@ -167,10 +166,13 @@ def _ranks(
     return share_ranks(scores, sum(ranks.values()) if lora.budget is None else lora.budget)
 
 
-def _check_units(given: Mapping[str, Tensor], here: Mapping[str, int], what: str) -> None:
+def _check_units(given: Mapping[str, Tensor], here: Mapping[str, int], what: str, settings: ImportanceConfig) -> None:
+    source = "importance" if settings.file is None else f"importance.file = {settings.file}"
     sizes: dict[str, Any] = {path: len(scores) for path, scores in given.items()}
     if not sizes:
-        raise UsageError(f"importance: has no {what}; measure again with these (importance --neurons, --blocks gate)")
+        raise UsageError(
+            f"{source}: has no {what}; measure again with these (peft-lightning importance --neurons, --blocks gate)"
+        )
     if sizes != dict(here):
         wrong = [
             f"{path} {sizes.get(path, 0)} here {here.get(path, 0)}"
@@ -178,4 +180,4 @@ def _check_units(given: Mapping[str, Tensor], here: Mapping[str, int], what: str
             if sizes.get(path) != here.get(path)
         ]
         more = ", ..." if len(wrong) > 4 else ""
-        raise UsageError(f"importance: is of another backbone ({what}: {'; '.join(wrong[:4])}{more})")
+        raise UsageError(f"{source}: is of another backbone ({what}: {'; '.join(wrong[:4])}{more})")

@@ -27,7 +27,7 @@ class ImportanceConfig:
             the loss under this head. Training starts from the initial values in any case.
         file: a file that ``peft-lightning importance`` wrote for the same backbone (with --neurons or --blocks gate
             where these are needed), or its folder, which has one for each task; nothing is measured then. It holds
-            what was measured, so ``norm`` and ``blocks`` are those set here.
+            what was measured, so ``norm`` and ``blocks`` are those set here. None (``null``): it is measured here.
 
     Raises:
         UsageError: if a value is not allowed.
@@ -41,6 +41,12 @@ class ImportanceConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "importance")
+        if self.file in ("null", "None"):  # the command line makes a word of null
+            object.__setattr__(self, "file", None)
+        if self.file is not None and not self.file.strip():
+            raise UsageError(
+                f"importance.file = {self.file!r}: must be a file of peft-lightning importance, its folder, or null"
+            )
         check_choices(self, "importance", norm=NORMS, blocks=BLOCK_SCORES)
         if self.batches < 1:
             raise UsageError(f"importance.batches = {self.batches}: must be at least 1")
@@ -155,6 +161,8 @@ class RankConfig:
             raise UsageError(f"lora.rank = {self.rank}: must be at least 1")
         if self.high_rank < self.rank:
             raise UsageError(f"lora.high_rank = {self.high_rank}: must be at least lora.rank = {self.rank}")
+        if self.high_blocks is not None and self.high_blocks < 0:
+            raise UsageError(f"lora.high_blocks = {self.high_blocks}: must be at least 0, or null")
         if not self.init_std > 0:  # with A = B = 0 neither gets a gradient
             raise UsageError(f"lora.init_std = {self.init_std}: must be above 0")
         if self.budget is not None and self.scheme == "top":

@@ -2,8 +2,10 @@
 
 With N tokens, model width D and a head of width W (its query rows; K rows each for its key and value), a head holds
 (W + 2 K) D weights in, W D out and a bias per row in; it computes 2 N per weight and 4 N N W for scores and context. A
-neuron holds a row of each map in, with its bias, and a column of the map out. Operations are those of matrix products,
-a multiply and an add counting as two; norms, softmax and embeddings have none.
+neuron holds a row of each map in, with its bias, and a column of the map out. In DeBERTa a head also compares its N
+queries, and its N keys, with 2 S relative positions: 4 N S W for each of the two (content to position, position to
+content), where the configuration asks for it. Operations are those of matrix products, a multiply and an add counting
+as two; norms, softmax and embeddings have none.
 """
 
 from __future__ import annotations
@@ -46,8 +48,10 @@ def unit_costs(backbone: nn.Module, measure: str, tokens: int) -> tuple[dict[str
         query, key, value, output = site.linears().values()
         positions = [f"{site.block}.{name}" for name in site.names.positions if f"{site.block}.{name}" in maps]
         wide = cost(query, "row") + cost(output, "column")
-        # positions are projected once a batch and not once a text
-        wide += sum(cost(name, "row") for name in positions) if measure == "params" else 4 * tokens**2
+        if measure == "params":
+            wide += sum(cost(name, "row") for name in positions)
+        else:  # positions are projected once a batch and not once a text, but compared with every text
+            wide += 4 * tokens**2 + 2 * tokens * _relative_positions(maps[path])
         heads[path] = site.width * wide + site.key_width * (cost(key, "row") + cost(value, "row"))
     neurons = {
         path: sum(cost(name, "row") for name in site.inner) + cost(site.outer, "column")
@@ -66,6 +70,13 @@ def layer_flops(backbone: nn.Module, tokens: int) -> int:
     """
     heads, neurons, total = unit_costs(backbone, "flops", tokens)
     return total
+
+
+def _relative_positions(attention: Any) -> int:
+    """How many relative positions a token is compared with, as a query and as a key together; 0 but in DeBERTa."""
+    if not getattr(attention, "relative_attention", False):
+        return 0
+    return sum(2 * int(attention.pos_ebd_size) for kind in ("c2p", "p2c") if kind in attention.pos_att_type)
 
 
 def _total(backbone: nn.Module, heads: Mapping[str, int], neurons: Mapping[str, int]) -> int:

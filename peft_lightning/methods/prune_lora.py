@@ -246,12 +246,15 @@ class PruneLoRAModule(TaskModule):
     def merge(self) -> PruneLoRAModule:
         """Fold every B A into its weights, in place, for inference as fast as the pruned backbone's.
 
-        Merging twice equals merging once. Files still hold A and B apart. A backbone held in bfloat16 rounds the sums.
+        Merging twice equals merging once; the module comes back. Files still hold A and B apart. A backbone held in
+        bfloat16 rounds the sums.
 
-        Returns:
-            The module itself.
+        Raises:
+            UsageError: if nothing was decided yet.
         """
         self.configure_model()
+        if self.plan is None:
+            raise self._refusal or UsageError("merge: what goes is not decided; fit first, or give importance.file")
         for path, lora in self.loras.items():
             lora.merge(cast(nn.Linear, self.backbone.get_submodule(path.partition(".loras.")[0])))
         return self

@@ -11,7 +11,6 @@ begins an entity.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from peft_lightning.errors import UsageError
+from peft_lightning.tasks.metrics import MeanScore, collect
 
 __all__ = ["EntityMetric", "TagAccuracy", "build_entity_metrics", "entities_of"]
 
@@ -70,28 +70,15 @@ class EntityMetric(Metric):
         return self.function(*self.counts.cpu().double()).nan_to_num(0.0).float().to(self.device)
 
 
-class TagAccuracy(Metric):
+class TagAccuracy(MeanScore):
     """The share of words whose tag is right."""
-
-    full_state_update = False
-    higher_is_better = True
-    counts: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("counts", torch.zeros(2, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[Sequence[str]], truths: Sequence[Sequence[str]]) -> None:
         """Compare sentences, given as a tag per word, word by word."""
-        pairs: Counter[bool] = Counter()
-        for found, true in zip(predictions, truths, strict=True):
-            pairs.update(one == other for one, other in zip(found, true, strict=True))
-        self.counts += torch.tensor([pairs[True], pairs.total()], device=self.counts.device)
-
-    def compute(self) -> Tensor:
-        """Return a scalar in float32."""
-        right, words = self.counts.cpu().double()
-        return (right / words).nan_to_num(0.0).float().to(self.device)
+        words = (pair for tags in zip(predictions, truths, strict=True) for pair in zip(*tags, strict=True))
+        right = [found == true for found, true in words]
+        self.total += sum(right)
+        self.count += len(right)
 
 
 def _f1(true: Tensor, found: Tensor, matching: Tensor) -> Tensor:
@@ -118,10 +105,6 @@ def build_entity_metrics(names: Sequence[str], types: Sequence[str]) -> MetricCo
         UsageError: a name is unknown, or seqeval is not there.
     """
     entities_of([])  # what is missing is said before the training, not after it
-    metrics: dict[str, Metric | MetricCollection] = {"accuracy": TagAccuracy()}
-    metrics |= {name: EntityMetric(function, types) for name, function in _SCORES.items()}
-    metrics |= {f"f1_{name}": EntityMetric(_f1, [name]) for name in types}
-    if unknown := [name for name in names if name not in metrics]:
-        allowed = ", ".join([*_SCORES, "accuracy", *(f"f1_{name}" for name in types)])
-        raise UsageError(f"task.metrics has {unknown[0]!r}; allowed for tags: {allowed}")
-    return MetricCollection({name: metrics[name] for name in names}, compute_groups=False)
+    known: dict[str, Metric] = {name: EntityMetric(function, types) for name, function in _SCORES.items()}
+    known["accuracy"] = TagAccuracy()
+    return collect(names, known | {f"f1_{name}": EntityMetric(_f1, [name]) for name in types}, "tags")

@@ -10,13 +10,38 @@ Notation: ``c[t, p]`` counts the examples of class t that were predicted as p.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from peft_lightning.errors import UsageError
+
+
+class MeanScore(Metric):
+    """Mean of the scores that a subclass adds up; 0 where there are none.
+
+    The sum is kept in whole multiples of 1 / ``unit``, so that it does not depend on the order of the rows or on which
+    rank adds which.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    unit = 1
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def compute(self) -> Tensor:
+        """Return a scalar in float32."""
+        # MPS has no float64.
+        mean = self.total.cpu().double() / self.unit / self.count.cpu()
+        return mean.nan_to_num(0.0).float().to(self.device)
 
 
 class ConfusionMetric(Metric):
@@ -124,19 +149,22 @@ def build_metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
     Raises:
         UsageError: a name is unknown, or is no metric of such a task.
     """
-    metrics: dict[str, Metric | MetricCollection]
     if num_labels == 1:
-        task, allowed = "a regression", list(_NUMBERS)
-    else:
-        task, allowed = (
-            f"{num_labels} classes",
-            [name for name in _CLASSES if num_labels == 2 or name != "f1"],
-        )
-    if unknown := [name for name in names if name not in allowed]:
-        raise UsageError(f"task.metrics has {unknown[0]!r}; allowed for {task}: {', '.join(allowed)}")
-    if num_labels == 1:
-        metrics = {name: CorrelationMetric(_NUMBERS[name]) for name in names}
-    else:
-        metrics = {name: ConfusionMetric(_CLASSES[name], num_labels) for name in names}
+        numbers = {name: CorrelationMetric(function) for name, function in _NUMBERS.items()}
+        return collect(names, numbers, "a regression")
+    classes = {name: ConfusionMetric(function, num_labels) for name, function in _CLASSES.items()}
+    if num_labels != 2:
+        del classes["f1"]
+    return collect(names, classes, f"{num_labels} classes")
+
+
+def collect(names: Sequence[str], known: Mapping[str, Metric], task: str) -> MetricCollection:
+    """Return the metrics ``names`` of those that are ``known`` for a ``task``, as messages call it.
+
+    Raises:
+        UsageError: a name is unknown.
+    """
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"task.metrics has {unknown[0]!r}; allowed for {task}: {', '.join(known)}")
     # Compute groups merge metrics by comparing states; the update is too cheap for that to pay.
-    return MetricCollection(metrics, compute_groups=False)
+    return MetricCollection({name: known[name] for name in names}, compute_groups=False)

@@ -1,9 +1,10 @@
-"""What several kinds of task share: options that are names, and cutting what is too long where it hurts least."""
+"""What several kinds of task share: names, whole numbers, and cutting what is too long where it hurts least."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from peft_lightning.errors import UsageError
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encode_cut", "name_list", "places", "second_last"]
+__all__ = ["encode_cut", "name_list", "places", "second_last", "whole_number"]
 
 
 def name_list(settings: Mapping[str, Any], option: str, least: int = 0) -> tuple[str, ...]:
@@ -28,6 +29,15 @@ def name_list(settings: Mapping[str, Any], option: str, least: int = 0) -> tuple
         wanted = f"a list of {least or 'any number of'} or more" if least else "a list of"
         raise UsageError(f"task.options.{option} is {names!r}; allowed: {wanted} different names")
     return tuple(names)
+
+
+def whole_number(value: Any) -> int | None:
+    """Return ``value`` if it is a whole number, NumPy's too; None for all else, also for true and false.
+
+    >>> whole_number(3), whole_number(True), whole_number(3.0)
+    (3, None, None)
+    """
+    return int(value) if not isinstance(value, bool) and isinstance(value, Integral) else None
 
 
 def encode_cut(

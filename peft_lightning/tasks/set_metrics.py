@@ -12,32 +12,20 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from peft_lightning.tasks.metrics import ConfusionMetric
+from peft_lightning.tasks.metrics import ConfusionMetric, MeanScore
 
 __all__ = ["AnswerMetric", "ExactMetric", "GroupMetric", "LabelF1Metric"]
 
 
-class ExactMetric(Metric):
+class ExactMetric(MeanScore):
     """The share of rows that are predicted wholly right."""
-
-    full_state_update = False
-    higher_is_better = True
-    counts: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("counts", torch.zeros(2, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, truths: Tensor) -> None:
         """Compare ``predictions`` with ``truths``, both [B] or both [B, K]."""
         right = predictions == truths
         right_B = right.all(1) if right.dim() > 1 else right
-        self.counts += torch.stack([right_B.sum(), right_B.new_tensor(len(right_B), dtype=torch.long)])
-
-    def compute(self) -> Tensor:
-        """Return a scalar in float32."""
-        right, rows = self.counts.cpu().double()
-        return (right / rows).nan_to_num(0.0).float().to(self.device)
+        self.total += right_B.sum()
+        self.count += len(right_B)
 
 
 class LabelF1Metric(Metric):

@@ -16,17 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-import torch
-from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MetricCollection
 
-from peft_lightning.errors import UsageError
+from peft_lightning.tasks.metrics import MeanScore, collect
 
 __all__ = ["SpanMetric", "build_span_metrics"]
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_UNIT = 2**32  # of the sums, which are whole so that they do not depend on the order of questions or on the ranks
 
 
 @lru_cache(maxsize=4096)
@@ -43,7 +40,7 @@ def _f1(found: tuple[str, ...], gold: tuple[str, ...]) -> float:
     return 2 * common / (len(found) + len(gold)) if common else 0.0
 
 
-class SpanMetric(Metric):
+class SpanMetric(MeanScore):
     """Mean over questions of an answer's score against the best gold answer; 0 for no question.
 
     Args:
@@ -52,10 +49,7 @@ class SpanMetric(Metric):
         answered: only questions that have (true) or do not have (false) gold answers; all of them if null.
     """
 
-    full_state_update = False
-    higher_is_better = True
-    total: Tensor
-    count: Tensor
+    unit = 2**32
 
     def __init__(
         self,
@@ -65,8 +59,6 @@ class SpanMetric(Metric):
     ) -> None:
         super().__init__()
         self.score, self.unanswerable, self.answered = score, unanswerable, answered
-        for name in ("total", "count"):
-            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> None:
         """Score ``predictions``, B answers, against B lists of gold answers."""
@@ -75,14 +67,8 @@ class SpanMetric(Metric):
             for prediction, texts in zip(predictions, golds, strict=True)
             if self.answered in (None, bool(texts))
         ]
-        self.total += sum(round(score * _UNIT) for score in scores)
+        self.total += sum(round(score * self.unit) for score in scores)
         self.count += len(scores)
-
-    def compute(self) -> Tensor:
-        """Return a scalar in float32."""
-        # MPS has no float64
-        mean = self.total.cpu().double() / _UNIT / self.count.cpu()
-        return mean.nan_to_num(0.0).float().to(self.device)
 
     def _best(self, prediction: str, texts: Sequence[str]) -> float:
         found, golds = _words(prediction), [_words(text) for text in texts]
@@ -106,7 +92,4 @@ def build_span_metrics(names: Sequence[str], unanswerable: bool) -> MetricCollec
     if unanswerable:
         metrics["has_answer_f1"] = SpanMetric(_f1, unanswerable, answered=True)
         metrics["no_answer_accuracy"] = SpanMetric(_exact_match, unanswerable, answered=False)
-    if unknown := [name for name in names if name not in metrics]:
-        task = "questions that may have no answer" if unanswerable else "questions that have an answer"
-        raise UsageError(f"task.metrics has {unknown[0]!r}; allowed for {task}: {', '.join(metrics)}")
-    return MetricCollection({name: metrics[name] for name in names}, compute_groups=False)
+    return collect(names, metrics, f"questions that {'may have no' if unanswerable else 'have an'} answer")

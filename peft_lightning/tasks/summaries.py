@@ -12,44 +12,35 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MetricCollection
 
 from peft_lightning.errors import UsageError
+from peft_lightning.tasks.metrics import MeanScore, collect
 
 __all__ = ["Rouge", "build_rouge", "first_sentence"]
 
 _MEASURES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-_UNIT = 2**32
 
 
-class Rouge(Metric):
+class Rouge(MeanScore):
     """Mean F-measure of one kind of ROUGE; of several references of a row, the closest counts.
-
-    The sum is kept in whole multiples of 2^-32, so that it does not depend on which rank adds which rows.
 
     Args:
         measure: rouge1, rouge2, rougeL, or rougeLsum, which takes the lines of a text for its sentences.
     """
 
-    full_state_update = False
-    higher_is_better = True
-    total: Tensor
-    rows: Tensor
+    unit = 2**32
 
     def __init__(self, measure: str) -> None:
         super().__init__()
         self.measure = measure
         self._scorer: Any = None
-        for state in ("total", "rows"):
-            self.add_state(state, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[str], truths: Sequence[Sequence[str]]) -> None:
         """Add rows: a text each, and one reference or more."""
         for prediction, references in zip(predictions, truths, strict=True):
-            self.total += round(self._score(prediction, references) * _UNIT)
-        self.rows += len(predictions)
+            self.total += round(self._score(prediction, references) * self.unit)
+        self.count += len(predictions)
 
     def _score(self, prediction: str, references: Sequence[str]) -> float:
         if self._scorer is None:
@@ -58,12 +49,6 @@ class Rouge(Metric):
             self._scorer = RougeScorer([self.measure], use_stemmer=True)
         return float(self._scorer.score_multi(references, prediction)[self.measure].fmeasure)
 
-    def compute(self) -> Tensor:
-        """Return a scalar in float32; 0 where there was no row."""
-        # MPS has no float64.
-        mean = self.total.cpu().double() / _UNIT / self.rows.cpu().clamp(min=1)
-        return mean.float().to(self.device)
-
 
 def build_rouge(names: Sequence[str]) -> MetricCollection:
     """Return the metrics ``names``; ``update`` takes a text a row, and a list of references a row.
@@ -71,13 +56,12 @@ def build_rouge(names: Sequence[str]) -> MetricCollection:
     Raises:
         UsageError: a name is unknown, or the package that counts is not installed.
     """
-    if unknown := [name for name in names if name not in _MEASURES]:
-        raise UsageError(f"task.metrics has {unknown[0]!r}; allowed for summaries: {', '.join(_MEASURES)}")
+    metrics = collect(names, {name: Rouge(name) for name in _MEASURES}, "summaries")
     if importlib.util.find_spec("rouge_score") is None:
         raise UsageError(
             f"task.metrics has {names[0]!r}, which needs the package rouge-score: pip install 'peft_lightning[tasks]'"
         )
-    return MetricCollection({name: Rouge(name) for name in names}, compute_groups=False)
+    return metrics
 
 
 # A full stop, and what closes a quotation, before a new sentence, but not after a title, an initial and the like; or

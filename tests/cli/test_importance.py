@@ -154,6 +154,18 @@ def test_a_fit_draws_what_went(tmp_path: Path) -> None:
     assert crosses[1] > 0 and crosses[0] / crosses[1] == pytest.approx(4, rel=0.2)
 
 
+def test_an_empty_file_and_null_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 12}
+    fit = [
+        *("fit", "--model", "PruneLoRAModule", "--data", "TaskDataModule", "--data.init_args.task", "toy_sentiment"),
+        *("--model.init_args.backbone", json.dumps({"config": config, "tokenizer": "toy"})),
+        *("--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true", "--run_dir", str(tmp_path / "run")),
+    ]
+    message = "importance.file = '': must be a file of peft-lightning importance, its folder, or null"
+    assert message in refused(*fit, "--model.importance.file", "", status=2, capsys=capsys)
+    main([*fit, "--model.importance.file", "null"])
+
+
 def test_nothing_is_written_where_something_is(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

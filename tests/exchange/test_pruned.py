@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification
 
 from peft_lightning import PruneLoRAModule, SparseAdapterModule, load, load_pruned
 from peft_lightning.backbones.build import as_backbone_config, build_backbone
+from peft_lightning.backbones.tokenizers import load_tokenizer
 from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.exchange import ExchangeWarning, export_adapter, import_adapter
 from peft_lightning.layers.norms import backbone_norms
@@ -243,6 +244,11 @@ def test_layer_1_is_not_layer_11(whole: Callable[..., str], tmp_path: Path) -> N
     assert_close(run(theirs), run(m.backbone), rtol=0, atol=1e-5)
 
 
+def test_the_note_is_for_both_ways_of_export(whole: Callable[..., str], tmp_path: Path) -> None:
+    with pytest.warns(ExchangeWarning, match=r"to take it along, set head \(command line: with, Python: True\)$"):
+        export_adapter(module(whole("bert")), tmp_path / "out", format="peft")
+
+
 def test_norms_that_were_not_trained_stay_the_backbones(whole: Callable[..., str], tmp_path: Path) -> None:
     m = module(whole("bert"), train_norms=False)
     quietly(m, tmp_path / "out", format="peft")
@@ -287,8 +293,11 @@ def test_the_wrong_backbone_says_what_differs(whole: Callable[..., str], tmp_pat
             load_pruned(tmp_path / "out", name)
         with pytest.raises(CheckpointError, match=message):
             load(tmp_path / "ours", backbone={"name": name, "tokenizer": "toy"})
-    with pytest.raises(UsageError, match="backbone.name = .*ghost.*cannot be built"):
+    with pytest.raises(UsageError, match="^backbone = '.*ghost': there is no such folder$"):
         load_pruned(tmp_path / "out", tmp_path / "ghost")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="^backbone = '.*empty': cannot be built"):
+        load_pruned(tmp_path / "out", str(tmp_path / "empty"))
     with pytest.raises(UsageError, match="is LoRA for a pruned model; load_pruned.. gives the model"):
         import_adapter(tmp_path / "out", task="toy_sentiment", backbone=whole("bert"))
 
@@ -388,6 +397,49 @@ def test_another_number_of_outputs(exported: Path, tmp_path: Path) -> None:
 def test_a_pruned_folder_is_no_backbone(exported: Path) -> None:
     with pytest.raises(UsageError, match="a pruned model, which only peft_lightning.load_pruned reads; begin with the"):
         build(PruneLoRAModule, backbone={"name": str(exported), "tokenizer": "toy"}).configure_model()
+
+
+KINDS = {
+    "adapter": "LoRA for a pruned model, which peft_lightning.load_pruned gives; begin with the whole backbone",
+    "onnx": "a pruned model as ONNX, which only onnxruntime runs; begin with the whole backbone",
+    "model": "a pruned model, which only peft_lightning.load_pruned reads; begin with the whole backbone",
+    "damaged": "a pruned model, which only peft_lightning.load_pruned reads; begin with the whole backbone",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_folder_says_what_it_is(kind: str, tmp_path: Path) -> None:
+    """To who takes it for a backbone, or for a tokenizer, which comes first."""
+    content = "[" if kind == "damaged" else json.dumps({"kind": kind})
+    (tmp_path / "pruned.json").write_text(content)
+    with pytest.raises(UsageError) as caught:
+        build_backbone(as_backbone_config({"name": str(tmp_path), "tokenizer": "toy"}))
+    assert str(caught.value) == f"backbone.name = '{tmp_path}': cannot be built ({KINDS[kind]})"
+    with pytest.raises(UsageError) as caught:
+        load_tokenizer(str(tmp_path))
+    assert str(caught.value) == f"backbone '{tmp_path}': its tokenizer cannot be loaded ({KINDS[kind]})"
+
+
+def test_lora_for_a_pruned_model_is_no_backbone(whole: Callable[..., str], tmp_path: Path) -> None:
+    quietly(module(whole("bert")), tmp_path / "out", format="peft")
+    with pytest.raises(UsageError, match=r"its tokenizer cannot be loaded \(LoRA for a pruned model"):
+        load_tokenizer(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_pruned_model_that_transformers_saved_again(
+    family: str, whole: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    quietly(module(whole(family)), tmp_path / "out", format="transformers")
+    load_pruned(tmp_path / "out").save_pretrained(tmp_path / "again")
+    capfd.readouterr()
+    message = (
+        r"again': cannot be built \(\d+ tensors are not of the shape that its config.json says, as [\w.]+\.weight, "
+        r"\(16, \d+\) and not \(16, \d+\): perhaps a pruned model that was saved again without pruned.json; begin "
+    )
+    with pytest.raises(UsageError, match=message) as caught:
+        build_backbone(as_backbone_config({"name": str(tmp_path / "again"), "tokenizer": "toy"}))
+    assert "\n" not in str(caught.value) and capfd.readouterr() == ("", "")
 
 
 def test_more_layers_than_can_be_built(exported: Path, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_an_example_of_several_sequences_is_one() -> None:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 30, (5, 6), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "sequences": torch.tensor([2, 3])}
-    batch = {"inputs": inputs, "labels": torch.tensor([1, 0])}
+    batch: dict[str, Any] = {"inputs": inputs, "labels": torch.tensor([1, 0])}
 
     def loss(one: Any) -> tuple[Tensor, Tensor]:
         known = {name: one["inputs"][name] for name in ("input_ids", "attention_mask")}

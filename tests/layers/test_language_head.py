@@ -160,7 +160,7 @@ def test_greedy_search_equals_whole_passes(kind: str | None) -> None:
 
 @pytest.mark.parametrize("layers", [{}, {"encoder_layers": 1, "decoder_layers": 3}])
 @attached
-def test_keeping_keys_and_values_changes_nothing(kind: str | None, layers: dict[str, int]) -> None:
+def test_keeping_keys_and_values_changes_nothing(kind: str | None, layers: dict[str, Any]) -> None:
     backbone, batch = bart(kind, **layers), inputs()
     write = writer(backbone)
     for beams in (1, 3):

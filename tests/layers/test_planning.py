@@ -136,6 +136,15 @@ def test_neurons_go_by_count() -> None:
         decide(importance(HEADS), prune={"ffn_to_prune": 0.25})
 
 
+def test_a_file_that_lacks_something_is_named() -> None:
+    with pytest.raises(UsageError, match="^importance.file = some/rte.json: has no neurons; measure again with these"):
+        decide(importance(HEADS), prune={"ffn_to_prune": 0.25}, importance={"file": "some/rte.json"})
+    with pytest.raises(UsageError, match="^importance.file = some/rte.json: has no blocks measured by a gate; measure"):
+        decide(importance(HEADS), importance={"blocks": "gate", "file": "some/rte.json"})
+    with pytest.raises(UsageError, match="^importance.file = some/rte.json: is of another backbone .heads: "):
+        decide(importance([[1.0, 2.0]] * 3), importance={"file": "some/rte.json"})
+
+
 @pytest.mark.parametrize("measure", ["params", "flops"])
 @pytest.mark.parametrize("order", ["importance", "random"])
 def test_a_target_is_met(measure: str, order: str) -> None:

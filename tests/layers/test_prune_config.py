@@ -17,6 +17,8 @@ from peft_lightning.layers.prune_config import ImportanceConfig, RankConfig, Str
         (ImportanceConfig, {"norm": "l1"}, r"importance\.norm = 'l1': must be one of layer, all"),
         (ImportanceConfig, {"blocks": "sum"}, r"importance\.blocks = 'sum': must be one of normalised, raw, gate"),
         (ImportanceConfig, {"classifier_steps": -1}, r"classifier_steps = -1: must be at least 0"),
+        (ImportanceConfig, {"file": ""}, r"importance\.file = '': must be a file of .*, its folder, or null"),
+        (ImportanceConfig, {"file": "  "}, r"importance\.file = '  ': must be a file of .*, its folder, or null"),
         (StructureConfig, {"heads_to_prune": -1}, r"heads_to_prune = -1: must be a count of at least 0"),
         (StructureConfig, {"heads_to_prune": 1.0}, r"heads_to_prune = 1\.0: .* or a share in \[0, 1\)"),
         (StructureConfig, {"ffn_to_prune": 1.5}, r"ffn_to_prune = 1\.5: .* share in \[0, 1\)"),
@@ -32,6 +34,7 @@ from peft_lightning.layers.prune_config import ImportanceConfig, RankConfig, Str
         (StructureConfig, {"target": {"params": 0.8}, "heads_to_prune": 0, "ffn_to_prune": 0}, "so nothing may go"),
         (RankConfig, {"rank": 0}, r"lora\.rank = 0: must be at least 1"),
         (RankConfig, {"rank": 8, "high_rank": 4}, r"lora\.high_rank = 4: must be at least lora\.rank = 8"),
+        (RankConfig, {"high_blocks": -1}, r"lora\.high_blocks = -1: must be at least 0, or null"),
         (RankConfig, {"init_std": 0.0}, r"lora\.init_std = 0\.0: must be above 0"),
         (RankConfig, {"budget": 64}, r"lora\.budget = 64: is for lora\.scheme proportional"),
         (RankConfig, {"scheme": "best"}, r"lora\.scheme = 'best': must be one of top, proportional"),
@@ -56,6 +59,12 @@ def test_bad_values(kind: Any, options: dict[str, Any], message: str) -> None:
 def test_what_may_go(options: dict[str, Any], heads: bool, neurons: bool) -> None:
     config = StructureConfig(**options)
     assert (config.takes_heads, config.takes_neurons) == (heads, neurons)
+
+
+@pytest.mark.parametrize("word", [None, "null", "None"])
+def test_null_is_no_file(word: str | None) -> None:
+    """Also as the word that the command line makes of it."""
+    assert ImportanceConfig(file=word) == ImportanceConfig()
 
 
 def test_one_rank_is_lora() -> None:

@@ -37,8 +37,32 @@ def test_operations(family: str) -> None:
     assert counted(model, 7) == before - gone == layer_flops(model, 7)
 
 
-def counted(model: Any, tokens: int) -> int:
+@pytest.mark.parametrize(
+    ("changes", "compared"),
+    [
+        ({}, 2 * (2 * 4)),
+        ({"share_att_key": False}, 2 * (2 * 4)),
+        ({"pos_att_type": ["c2p"]}, 2 * 4),
+        ({"position_buckets": -1, "max_relative_positions": 9, "pos_att_type": ["p2c"]}, 2 * 9),
+        ({"pos_att_type": []}, 0),
+        ({"relative_attention": False}, 0),
+    ],
+    ids=str,
+)
+def test_operations_of_relative_positions(changes: dict[str, Any], compared: int) -> None:
+    """What a second text adds: the positions themselves are projected once a batch."""
+    model = backbone("deberta-v2", {"num_attention_heads": 4, **changes})
+    heads, neurons, total = unit_costs(model, "flops", 7)
+    layer = 4 * (4 * (2 * 7 * 16 * 4) + 4 * 7 * 7 * 4 + 2 * 7 * compared * 4) + 2 * (2 * 7 * 16 * 32)  # by hand
+    assert total == counted(model, 7, 2) - counted(model, 7) == 2 * layer
+    path, block = list(heads)[0], list(neurons)[0]
+    prune_units(model, {path: [1, 3]}, {block: [0, 1]})
+    gone = 2 * heads[path] + (32 - 2) * neurons[block]
+    assert counted(model, 7, 2) - counted(model, 7) == total - gone == layer_flops(model, 7)
+
+
+def counted(model: Any, tokens: int, texts: int = 1) -> int:
     mode: Any = FlopCounterMode(display=False)
     with mode, torch.no_grad():
-        model(input_ids=torch.ones(1, tokens, dtype=torch.long))
+        model(input_ids=torch.ones(texts, tokens, dtype=torch.long))
     return int(mode.get_total_flops())

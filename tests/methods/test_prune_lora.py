@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch.testing import assert_close
 
 from peft_lightning import PruneLoRAModule, load
@@ -156,6 +157,17 @@ def test_merging_twice_is_merging_once_and_changes_no_answer() -> None:
         trainer(max_steps=7).fit(m, datamodule=data())
 
 
+def test_nothing_to_merge_before_it_is_decided_what_goes(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="merge: what goes is not decided; fit first, or give importance.file"):
+        module().merge()
+    with pytest.raises(UsageError, match="none.json: there is no such file"):
+        module(importance={"file": str(tmp_path / "none.json")}).merge()
+    with pytest.raises(UsageError, match="merge: what goes"):
+        fresh = module()
+        fresh.configure_model()
+        fresh.merge()
+
+
 def test_a_merged_module_loads_as_ever(tmp_path: Path) -> None:
     m = fitted(tmp_path, steps=6)
     (batch,) = batches(1)
@@ -236,7 +248,12 @@ def test_an_importance_from_a_file(tmp_path: Path) -> None:
         fitted(importance={"file": str(path)})
 
 
-def test_a_folder_of_importances_has_one_for_each_task(tmp_path: Path) -> None:
+def test_a_folder_of_importances_has_one_for_each_task(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    recwarn: pytest.WarningsRecorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     first = fitted(steps=1)
     assert first.measured is not None
     for task in ("toy_sentiment", "toy_pairs"):
@@ -245,10 +262,16 @@ def test_a_folder_of_importances_has_one_for_each_task(tmp_path: Path) -> None:
     m.configure_model()
     assert m.plan == first.plan
     assert m.lines()["importance"] == f"of {first.measured.examples} examples, from {tmp_path}"
-    other = module(importance={"file": str(tmp_path / "toy_pairs.json")})
-    with pytest.warns(UserWarning, match="toy_pairs.json: was measured on toy_pairs, the task here is toy_sentiment"):
+    said = f"importance.file = {tmp_path}/toy_pairs.json: was measured on toy_pairs, the task here is toy_sentiment"
+    caplog.clear()
+    recwarn.clear()
+    for rank in (0, 1):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        other = module(importance={"file": str(tmp_path / "toy_pairs.json")})
         other.configure_model()
-    assert other.plan == first.plan
+        assert other.plan == first.plan
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("WARNING", said)]
+    assert not [warning for warning in recwarn if "was measured on" in str(warning.message)]
 
 
 def test_a_checkpoint_needs_the_file_no_more(tmp_path: Path) -> None:

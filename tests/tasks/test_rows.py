@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from peft_lightning.backbones.toy import toy_tokenizer
 from peft_lightning.errors import UsageError
-from peft_lightning.tasks.rows import encode_cut, name_list, places, second_last
+from peft_lightning.tasks.rows import encode_cut, name_list, places, second_last, whole_number
 
 FIRSTS = ["the red cat sleeps", "the dog", "this horse is not good", ""]
 SECONDS = ["a b", "that fish is tiny", "cat", "the small horse"]
@@ -25,6 +26,16 @@ def test_option_with_too_few_names() -> None:
     assert name_list({"columns": ["a", "b"]}, "columns", least=2) == ("a", "b")
     with pytest.raises(UsageError, match=r"task.options.columns is \('a',\); allowed: a list of 2 or more different"):
         name_list({"columns": ("a",)}, "columns", least=2)
+
+
+@pytest.mark.parametrize("value", [0, -3, 1 << 70, np.int8(5), np.uint64(7)])
+def test_whole_numbers(value: Any) -> None:
+    assert whole_number(value) == value and type(whole_number(value)) is int
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 1.0, np.float32(1), "1", None, [1]])
+def test_no_whole_numbers(value: Any) -> None:
+    assert whole_number(value) is None
 
 
 @pytest.mark.parametrize("max_length", [8, 9, 10, 50])
@@ -58,4 +69,4 @@ def test_tokenizer_without_places() -> None:
         is_fast, name_or_path = False, "mine"
 
     with pytest.raises(UsageError, match=r"tokenizer 'mine' is a Slow; allowed for this kind: a fast one"):
-        encode_cut(Slow(), [["a"]], 8, second_last)  # type: ignore[arg-type]
+        encode_cut(Slow(), [["a"]], 8, second_last)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torchmetrics import Metric
 
-from peft_lightning.tasks.metrics import build_metrics
+from peft_lightning.tasks.metrics import ConfusionMetric, build_metrics
 from peft_lightning.tasks.set_metrics import AnswerMetric, ExactMetric, GroupMetric, LabelF1Metric
 from tests.reference import sets
 
@@ -69,6 +69,7 @@ def test_questions_whose_answers_are_all_right(answers: tuple[Tensor, Tensor]) -
     assert 0.2 < expected < 0.9
     expect(value(GroupMetric(), answers), expected)
     (f1,) = build_metrics(["f1"], 2).values()
+    assert isinstance(f1, ConfusionMetric)
     found = value(AnswerMetric(f1.function, 2), answers)
     expect(found, sets.f1_micro(sets_of(predicted[:, None]), sets_of(truths[:, :1]), [0]))
 

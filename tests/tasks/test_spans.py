@@ -48,7 +48,8 @@ def make(name: str) -> Any:
         vocab_size=330, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([" ".join(WORDS[:6])] * 3, trainer)
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
+    words = tokenizer.get_vocab()
+    ids = {token: words[token] for token in SPECIAL}
     template, cls = TEMPLATES[name]
     if name == "roberta":
         tokenizer.post_processor = processors.RobertaProcessing(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torchmetrics.functional.text import squad
 
 from peft_lightning.errors import UsageError
@@ -63,7 +66,7 @@ def test_torchmetrics_agrees(pairs: list[tuple[str, list[str]]]) -> None:
     # Its F1 is that of version 2.0, but it drops no gold answer without words.
     pairs = [(found, golds) for found, golds in pairs if all(map(oracle.words, golds))] or [("a cat", ["cat"])]
     preds = [{"prediction_text": found, "id": str(number)} for number, (found, _) in enumerate(pairs)]
-    target = [
+    target: list[dict[str, Any]] = [
         {"answers": {"text": golds, "answer_start": [0] * len(golds)}, "id": str(number)}
         for number, (_, golds) in enumerate(pairs)
     ]
@@ -93,7 +96,8 @@ def test_no_update_is_zero_and_the_states_are_sums() -> None:
     metrics.update([], [])
     metrics.update(["red cat"], [["cat"]])
     assert metrics.compute()["f1"].item() == pytest.approx(2 / 3)
-    assert all(not state.is_floating_point() for state in metrics["f1"].metric_state.values())
+    states = metrics["f1"].metric_state.values()
+    assert all(isinstance(state, Tensor) and not state.is_floating_point() for state in states)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ backbone. A batch is what ``tasks/batch.py`` makes.
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -147,6 +148,12 @@ class Kind(ABC):
                 raise DataError(f"row {number}, column {column!r}: {text!r} is not a text")
         return list(rows[column])
 
+    @staticmethod
+    def records(columns: Mapping[str, Sequence[Any]]) -> list[str]:
+        """Return ``reference`` of columns with a value a row; what JSON does not know is written as text."""
+        rows = zip(*columns.values(), strict=True)
+        return [json.dumps(dict(zip(columns, row, strict=True)), default=str) for row in rows]
+
     def targets_of(self, rows: Mapping[str, Sequence[Any]], first_row: int) -> list[int | float | list[int]]:
         """Return the labels of rows.
 
@@ -236,7 +243,7 @@ class Kind(ABC):
 
     @abstractmethod
     def answers(self, outputs: Tensor, batch: Batch, model: Model) -> list[dict[str, Any]]:
-        """Return one answer per row, of plain Python values."""
+        """Return one answer per row, of plain Python values; ``outputs`` is empty if the kind ``generates``."""
 
     def official(self, answers: list[dict[str, Any]]) -> dict[str, str]:
         """Return name -> text of the files that the task's official scorer reads, for the answers of a whole split."""

@@ -8,10 +8,8 @@ Shapes: B rows, N pairs (all choices of all rows), K choices of the row that has
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +20,8 @@ from peft_lightning.errors import DataError, UsageError
 from peft_lightning.functional.sequences import row_of_sequence
 from peft_lightning.tasks.batch import Batch
 from peft_lightning.tasks.kinds.base import Kind, Model
-from peft_lightning.tasks.rows import encode_cut, name_list, second_last
+from peft_lightning.tasks.losses import float32, no_weights
+from peft_lightning.tasks.rows import encode_cut, name_list, second_last, whole_number
 from peft_lightning.tasks.table import Task
 
 if TYPE_CHECKING:
@@ -120,10 +119,8 @@ class Choice(Kind):
         if labelled:
             columns["labels"] = self._labels(rows, names, counts, first_row)
         if references:
-            ids = rows[self.settings["id"]] if self.settings["id"] else None
-            columns["reference"] = [
-                json.dumps({"choices": texts} | ({"id": ids[row]} if ids else {})) for row, texts in enumerate(choices)
-            ]
+            ids = {"id": rows[self.settings["id"]]} if self.settings["id"] else {}
+            columns["reference"] = self.records({"choices": choices, **ids})
         return {**columns}
 
     def _contexts(self, rows: Mapping[str, Sequence[Any]], first_row: int) -> list[str]:
@@ -143,7 +140,8 @@ class Choice(Kind):
         self, rows: Mapping[str, Sequence[Any]], first_row: int
     ) -> tuple[list[list[str]], list[Sequence[str]]]:
         """Texts of the choices, and their names, of each row."""
-        texts, names = [], []
+        texts: list[list[str]] = []
+        names: list[Sequence[str]] = []
         columns = zip(*(rows[column] for column in self._columns), strict=True)
         for number, values in enumerate(columns, first_row):
             given, called = (_present(values), None) if len(self._columns) > 1 else _parts(values[0])
@@ -200,14 +198,13 @@ class Choice(Kind):
         counts_B, rows_N = inputs["sequences"], row_of_sequence(inputs)
         assert rows_N is not None
         places_N = torch.arange(len(rows_N), device=rows_N.device) - (counts_B.cumsum(0) - counts_B)[rows_N]
-        scores_N = scores[:, 0].to(torch.promote_types(scores.dtype, torch.float32))
+        scores_N = float32(scores[:, 0])
         outputs_BK = scores_N.new_full((len(counts_B), int(counts_B.max())), -torch.inf)
         return outputs_BK.index_put((rows_N, places_N), scores_N)
 
     def losses(self, outputs: Tensor, batch: Batch, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy over the row's choices, and 1."""
-        if class_weights is not None:
-            raise UsageError("class_weights is set; allowed for kind choice: null")
+        no_weights(class_weights, "choice")
         losses_B = F.cross_entropy(outputs, batch["labels"], reduction="none")
         return losses_B, torch.ones_like(losses_B)
 
@@ -223,13 +220,10 @@ class Choice(Kind):
         Raises:
             UsageError: the task names another metric.
         """
-        from torchmetrics import MetricCollection
-
+        from peft_lightning.tasks.metrics import collect
         from peft_lightning.tasks.set_metrics import ExactMetric
 
-        if unknown := [name for name in self.task.metrics if name != "accuracy"]:
-            raise UsageError(f"task.metrics has {unknown[0]!r}; allowed for kind choice: accuracy")
-        return MetricCollection({name: ExactMetric() for name in self.task.metrics}, compute_groups=False)
+        return collect(self.task.metrics, {"accuracy": ExactMetric()}, "kind choice")
 
     def constant(self, labels: Tensor) -> Tensor:
         """Return the most frequent place of the right choice, the first if several are."""
@@ -270,7 +264,7 @@ def _place(value: Any, names: Sequence[str]) -> int:
             return int(text)
         if not names and len(text) == 1 and "A" <= text <= "Z":
             return ord(text) - ord("A")
-    elif isinstance(value, Integral) and not isinstance(value, bool) and value >= 0:
-        return int(value)
+    elif (number := whole_number(value)) is not None and number >= 0:
+        return number
     texts = ", ".join(names) if names else "a letter from A on"
     raise DataError(f"the label is {value!r}; allowed: a number from 0 on, or {texts}")

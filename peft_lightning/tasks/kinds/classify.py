@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor
 from peft_lightning.errors import DataError, UsageError
 from peft_lightning.tasks.batch import Batch
 from peft_lightning.tasks.kinds.base import Kind, Model
+from peft_lightning.tasks.losses import float32, weights_for
+from peft_lightning.tasks.rows import whole_number
 from peft_lightning.tasks.table import Task
 
 
@@ -21,8 +22,10 @@ class Classify(Kind):
     A label is a class's name, or its number (a boolean is one where there are two classes). A name comes first, so
     that classes called "1" and "2", or "true" and "false", mean the same in every file format.
 
+    A subclass may have the option ``id``, a column that is handed on to the answers with all else in ``reference``.
+
     Raises:
-        UsageError: the task names fewer than two classes.
+        UsageError: the task names fewer than two classes, or ``id`` is no text.
     """
 
     classifies = True
@@ -33,6 +36,8 @@ class Classify(Kind):
         if len(task.labels) < 2:
             names = list(task.labels)
             raise UsageError(f"task.labels is {names}; allowed for kind {task.kind}: two names or more")
+        if not isinstance(self.settings.get("id", ""), str):
+            raise UsageError(f"task.options.id is {self.settings['id']!r}; allowed: a text")
 
     @property
     def num_outputs(self) -> int:
@@ -46,17 +51,17 @@ class Classify(Kind):
                 return self.task.labels.index(name)
         if isinstance(value, str) and value.strip().isdecimal():
             value = int(value)
-        is_number = isinstance(value, Integral) and (self.num_outputs == 2 or not isinstance(value, bool))
-        if is_number and 0 <= value < self.num_outputs:
-            return int(value)
+        number = int(value) if isinstance(value, bool) and self.num_outputs == 2 else whole_number(value)
+        if number is not None and 0 <= number < self.num_outputs:
+            return number
         numbers, names = f"0 to {self.num_outputs - 1}", ", ".join(self.task.labels)
         raise DataError(f"the label is {value!r}; allowed: {numbers}, or one of {names}")
 
     def losses(self, outputs: Tensor, batch: Batch, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy times the weight of the label's class, and that weight."""
         labels_B = batch["labels"]
-        outputs_BC = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        weights_C = outputs_BC.new_ones(self.num_outputs) if class_weights is None else class_weights.to(outputs_BC)
+        outputs_BC = float32(outputs)
+        weights_C = weights_for(outputs_BC, class_weights)
         return F.cross_entropy(outputs_BC, labels_B, weights_C, reduction="none"), weights_C[labels_B]
 
     def predictions(self, outputs: Tensor, batch: Batch, model: Model) -> Tensor:
@@ -68,9 +73,10 @@ class Classify(Kind):
         return torch.bincount(labels, minlength=self.num_outputs).argmax()
 
     def answers(self, outputs: Tensor, batch: Batch, model: Model) -> list[dict[str, Any]]:
-        """Return ``{"label": name, "probabilities": {name: probability}}`` per row."""
+        """Return ``{"label": name, "probabilities": {name: probability}}`` per row, and what names it, if anything."""
         answers = []
-        for row in outputs.float().softmax(-1).tolist():
+        names = batch.get("references", [{}] * len(outputs))
+        for named, row in zip(names, outputs.float().softmax(-1).tolist(), strict=True):
             label = self.task.labels[row.index(max(row))]
-            answers.append({"label": label, "probabilities": dict(zip(self.task.labels, row, strict=True))})
+            answers.append({**named, "label": label, "probabilities": dict(zip(self.task.labels, row, strict=True))})
         return answers

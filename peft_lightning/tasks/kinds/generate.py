@@ -10,7 +10,6 @@ Shapes: B rows, T target tokens, V words.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from peft_lightning.errors import DataError, UsageError
 from peft_lightning.layers.language_head import LanguageHead, Writer
 from peft_lightning.tasks.batch import Batch
 from peft_lightning.tasks.kinds.base import Kind, Model, Rows
+from peft_lightning.tasks.losses import float32, no_weights
 from peft_lightning.tasks.summaries import build_rouge, first_sentence
 from peft_lightning.tasks.table import Task
 
@@ -132,8 +132,7 @@ class Generate(Kind):
             columns["labels"] = tokenizer(learned, truncation=True, max_length=most)["input_ids"]
             parts["first"] = [first_sentence(text) for text in self.texts(rows, self.task.text[0], first_row)]
         if references and parts:
-            told = (dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True))
-            columns["reference"] = [json.dumps(row, ensure_ascii=False) for row in told]
+            columns["reference"] = self.records(parts)
         return columns
 
     @staticmethod
@@ -214,10 +213,9 @@ class Generate(Kind):
 
     def losses(self, outputs: Tensor, batch: Batch, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the sum of the cross-entropies of a row's tokens, and their number."""
-        if class_weights is not None:
-            raise UsageError(f"class_weights is set; allowed for kind {self.task.kind}: null")
+        no_weights(class_weights, self.task.kind)
         labels_BT = batch["labels"]
-        logits_NV = outputs.flatten(0, 1).to(torch.promote_types(outputs.dtype, torch.float32))
+        logits_NV = float32(outputs.flatten(0, 1))
         smoothing = float(self.settings["label_smoothing"])
         losses_N = F.cross_entropy(logits_NV, labels_BT.flatten(), reduction="none", label_smoothing=smoothing)
         return losses_N.view_as(labels_BT).sum(1), (labels_BT != -100).sum(1).to(losses_N.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peft_lightning.errors import DataError, UsageError
 from peft_lightning.tasks.batch import Batch
-from peft_lightning.tasks.kinds.base import Model, Rows
+from peft_lightning.tasks.kinds.base import Rows
 from peft_lightning.tasks.kinds.classify import Classify
 from peft_lightning.tasks.rows import encode_cut, name_list, second_last
 from peft_lightning.tasks.table import Task
@@ -58,8 +58,6 @@ class Grouped(Classify):
         super().__init__(task)
         self._group = name_list(self.settings, "group", least=1)
         self._joined = name_list(self.settings, "joined")
-        if not isinstance(self.settings["id"], str):
-            raise UsageError(f"task.options.id is {self.settings['id']!r}; allowed: a text")
         self._ids = (*self._group, *([self.settings["id"]] if self.settings["id"] else []))
 
     def columns(self, labelled: bool) -> tuple[str, ...]:
@@ -86,9 +84,7 @@ class Grouped(Classify):
         if labelled:
             columns["labels"] = self.targets_of(rows, first_row)
         if references:
-            columns["reference"] = [
-                json.dumps(dict(zip(ids, values, strict=True))) for values in zip(*ids.values(), strict=True)
-            ]
+            columns["reference"] = self.records(ids)
         return columns
 
     def truths(self, batch: Batch) -> Tensor:
@@ -134,11 +130,6 @@ class Grouped(Classify):
             truths = self.truths(batch)
             yield constant.expand(len(truths)).contiguous(), truths
 
-    def answers(self, outputs: Tensor, batch: Batch, model: Model) -> list[dict[str, Any]]:
-        """Return the columns of the group and the id, label and probabilities per row."""
-        answers = super().answers(outputs, batch, model)
-        return [{**ids, **answer} for ids, answer in zip(batch["references"], answers, strict=True)]
-
 
 def _key(values: tuple[Any, ...], number: int) -> int:
     """A whole number of 63 bits for a question: equal where ``values`` are equal, and only there.
@@ -151,8 +142,8 @@ def _key(values: tuple[Any, ...], number: int) -> int:
     """
     if any(value is None for value in values):
         raise DataError(f"row {number} belongs to no question: {values!r}; allowed: numbers or texts")
-    whole = all(isinstance(value, Integral) and 0 <= value < 1 << _HALF for value in values)
-    if whole and len(values) <= 2:
-        return sum(int(value) << _HALF * place for place, value in enumerate(reversed(values)))
+    numbers = [int(value) for value in values if isinstance(value, Integral)]
+    if len(numbers) == len(values) <= 2 and all(0 <= number < 1 << _HALF for number in numbers):
+        return sum(number << _HALF * place for place, number in enumerate(reversed(numbers)))
     digest = hashlib.blake2b(json.dumps(values, default=str).encode(), digest_size=8).digest()
     return 1 << 2 * _HALF | int.from_bytes(digest) >> 2

@@ -11,20 +11,14 @@ Sources: WiC, https://aclanthology.org/N19-1128; WSC as in SuperGLUE, https://ar
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from peft_lightning.errors import DataError, UsageError
-from peft_lightning.tasks.batch import Batch
-from peft_lightning.tasks.kinds.base import Model
 from peft_lightning.tasks.kinds.classify import Classify
-from peft_lightning.tasks.rows import encode_cut, name_list, places
+from peft_lightning.tasks.rows import encode_cut, name_list, places, whole_number
 from peft_lightning.tasks.table import Task
 
 if TYPE_CHECKING:
@@ -72,8 +66,6 @@ class Marked(Classify):
         marks = self.settings["marks"]
         if not isinstance(marks, list | tuple) or not all(isinstance(mark, str) and mark.strip() for mark in marks):
             raise UsageError(f"task.options.marks is {marks!r}; allowed: a list of texts")
-        if not isinstance(self.settings["id"], str):
-            raise UsageError(f"task.options.id is {self.settings['id']!r}; allowed: a text")
         self._pairs = {option: self._pairs_of(option) for option in ("characters", "words")}
         counts = [sum(len(pairs.get(column, ())) for pairs in self._pairs.values()) for column in task.text]
         if not any(counts) or max(counts) > len(marks):
@@ -124,8 +116,7 @@ class Marked(Classify):
         if labelled:
             columns["labels"] = self.targets_of(rows, first_row)
         if references and self.settings["id"]:
-            ids = rows[self.settings["id"]]
-            columns["reference"] = [json.dumps({"id": value}) for value in ids]
+            columns["reference"] = self.records({"id": rows[self.settings["id"]]})
         return columns
 
     def _spans(self, rows: Mapping[str, Sequence[Any]], column: str, first_row: int) -> list[list[tuple[int, int]]]:
@@ -159,19 +150,13 @@ class Marked(Classify):
         first, last = (ends[0][0], ends[-1][1]) if ends else (len(front), len(front))
         return _Text(whole, len(front.rstrip()), first, last)
 
-    def answers(self, outputs: Tensor, batch: Batch, model: Model) -> list[dict[str, Any]]:
-        """Return label and probabilities per row, and its id if it has one."""
-        answers = super().answers(outputs, batch, model)
-        ids = batch.get("references", [{}] * len(answers))
-        return [{**named, **answer} for named, answer in zip(ids, answers, strict=True)]
-
 
 def _characters(text: str, start: Any, end: Any) -> tuple[int, int]:
     """Where a word is that is given by where it begins and ends."""
-    whole = all(isinstance(place, Integral) and not isinstance(place, bool) for place in (start, end))
-    if not whole or not 0 <= start < end <= len(text) or not text[start:end].strip():
+    first, last = whole_number(start), whole_number(end)
+    if first is None or last is None or not 0 <= first < last <= len(text) or not text[first:last].strip():
         raise DataError(f"characters {start!r} to {end!r} hold no word; allowed: 0 to {len(text)}, the text's length")
-    return int(start), int(end)
+    return first, last
 
 
 def _words(text: str, index: Any, wanted: Any) -> tuple[int, int]:
@@ -180,18 +165,19 @@ def _words(text: str, index: Any, wanted: Any) -> tuple[int, int]:
         raise DataError(f"{wanted!r} is not a text of one word or more")
     words = [match.span() for match in re.finditer(r"\S+", text)]
     count = len(wanted.split())
-    if not isinstance(index, Integral) or isinstance(index, bool) or not 0 <= index < len(words):
+    number = whole_number(index)
+    if number is None or not 0 <= number < len(words):
         raise DataError(f"there is no word {index!r}; allowed: 0 to {len(words) - 1}, the number of words less one")
     exact = re.compile(r"\s+".join(map(re.escape, wanted.split())), re.IGNORECASE)
-    near = [place for place in (index, index + 1, index - 1) if 0 <= place <= len(words) - count]
+    near = [place for place in (number, number + 1, number - 1) if 0 <= place <= len(words) - count]
     for place in near:
         start, end = words[place][0], words[place + count - 1][1]
         if found := exact.search(text, start, end):
             return found.span()
         if _bare(text[start:end]) == _bare(wanted):
             return start, end
-    there = " ".join(text[start:end] for start, end in words[index : index + count])
-    raise DataError(f"word {index} of the text begins {there!r}; allowed: {wanted!r}, or where it stands")
+    there = " ".join(text[start:end] for start, end in words[number : number + count])
+    raise DataError(f"word {number} of the text begins {there!r}; allowed: {wanted!r}, or where it stands")
 
 
 def _bare(text: str) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,10 +12,11 @@ from peft_lightning.errors import DataError, UsageError
 from peft_lightning.tasks.batch import Batch
 from peft_lightning.tasks.kinds.base import Model
 from peft_lightning.tasks.kinds.classify import Classify
+from peft_lightning.tasks.losses import float32, weights_for
 from peft_lightning.tasks.table import Task
 
 if TYPE_CHECKING:
-    from torchmetrics import Metric, MetricCollection
+    from torchmetrics import MetricCollection
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["MultiLabel"]
@@ -47,8 +46,6 @@ class MultiLabel(Classify):
         threshold = self.settings["threshold"]
         if not isinstance(threshold, float) or not 0 < threshold < 1:
             raise UsageError(f"task.options.threshold is {threshold!r}; allowed: a number between 0 and 1")
-        if not isinstance(self.settings["id"], str):
-            raise UsageError(f"task.options.id is {self.settings['id']!r}; allowed: a text")
 
     def columns(self, labelled: bool) -> tuple[str, ...]:
         """Return the columns of the texts and of the id, and the label's if ``labelled``."""
@@ -79,15 +76,14 @@ class MultiLabel(Classify):
         """Encode the texts; see :meth:`Kind.encode`."""
         columns = super().encode(rows, tokenizer, max_length, labelled, references, first_row)
         if references and self.settings["id"]:
-            ids = rows[self.settings["id"]]
-            columns["reference"] = [json.dumps({"id": value}) for value in ids]
+            columns["reference"] = self.records({"id": rows[self.settings["id"]]})
         return columns
 
     def losses(self, outputs: Tensor, batch: Batch, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the mean binary cross-entropy over the classes, and 1."""
-        outputs_BC = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        outputs_BC = float32(outputs)
         labels_BC = batch["labels"].to(outputs_BC)
-        weights_C = outputs_BC.new_ones(self.num_outputs) if class_weights is None else class_weights.to(outputs_BC)
+        weights_C = weights_for(outputs_BC, class_weights)
         losses_BC = F.binary_cross_entropy_with_logits(outputs_BC, labels_BC, reduction="none")
         return losses_BC @ (weights_C / weights_C.sum()), outputs_BC.new_ones(len(outputs_BC))
 
@@ -101,18 +97,11 @@ class MultiLabel(Classify):
         Raises:
             UsageError: a name is not allowed for this kind.
         """
-        from torchmetrics import MetricCollection
-
+        from peft_lightning.tasks.metrics import collect
         from peft_lightning.tasks.set_metrics import ExactMetric, LabelF1Metric
 
-        known = ("f1_micro", "f1_macro", "accuracy")
-        metrics: dict[str, Metric | MetricCollection] = {}
-        for name in self.task.metrics:
-            if name not in known:
-                raise UsageError(f"task.metrics has {name!r}; allowed for kind multilabel: {', '.join(known)}")
-            average = name.removeprefix("f1_")
-            metrics[name] = ExactMetric() if name == "accuracy" else LabelF1Metric(self.num_outputs, average)
-        return MetricCollection(metrics, compute_groups=False)
+        f1 = {f"f1_{average}": LabelF1Metric(self.num_outputs, average) for average in ("micro", "macro")}
+        return collect(self.task.metrics, {**f1, "accuracy": ExactMetric()}, "kind multilabel")
 
     def constant(self, labels: Tensor) -> Tensor:
         """Return the classes that more than half of the rows have, or else the most frequent one."""

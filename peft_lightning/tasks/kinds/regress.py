@@ -11,6 +11,7 @@ from torch import Tensor
 from peft_lightning.errors import DataError, UsageError
 from peft_lightning.tasks.batch import Batch
 from peft_lightning.tasks.kinds.base import Kind, Model
+from peft_lightning.tasks.losses import no_weights
 from peft_lightning.tasks.table import Task
 
 
@@ -42,8 +43,7 @@ class Regress(Kind):
 
     def losses(self, outputs: Tensor, batch: Batch, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the squared error, and 1."""
-        if class_weights is not None:
-            raise UsageError("class_weights is set; allowed for kind regress: null")
+        no_weights(class_weights, "regress")
         error_B = outputs[:, 0].float() - batch["labels"].float()
         return error_B * error_B, error_B.new_ones(len(error_B))
 

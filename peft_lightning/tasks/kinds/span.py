@@ -25,6 +25,7 @@ from peft_lightning.functional.sequences import sum_by_row
 from peft_lightning.functional.spans import best_spans, from_rows, to_rows
 from peft_lightning.tasks.batch import Batch
 from peft_lightning.tasks.kinds.base import Kind, Model, Rows
+from peft_lightning.tasks.losses import float32, no_weights
 from peft_lightning.tasks.spans import Tokens, Windows, frame_of, tokens_of
 from peft_lightning.tasks.table import Task
 
@@ -105,18 +106,16 @@ class Span(Kind):
 
     def target(self, value: Any) -> list[int]:
         """Return where the first answer begins and ends in the context; an empty list if there is none."""
-        given = value if isinstance(value, Mapping) else {}
-        texts, starts = given.get("text"), given.get("answer_start")
-        fits = isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)
-        if not fits or not all(map(_is_answer, texts, starts)):
+        answers = _answers_of(value)
+        if answers is None:
             raise DataError(f"the answers are {str(value)[:200]}; allowed: {_FORM}")
-        if not texts and not self.settings["unanswerable"]:
+        if not answers and not self.settings["unanswerable"]:
             raise DataError("there is no answer; allowed: at least one, or task.options.unanswerable: true")
-        if not texts:
+        if not answers:
             return []
-        # without the spaces round it, which some tokens hold and others do not
-        start = starts[0] + len(texts[0]) - len(texts[0].lstrip())
-        return [start, start + len(texts[0].strip())]
+        text, start = answers[0]
+        start += len(text) - len(text.lstrip())  # without the spaces round it, which only some tokens hold
+        return [start, start + len(text.strip())]
 
     def encode(
         self,
@@ -185,16 +184,15 @@ class Span(Kind):
             kept["answers"] = [value["text"] for value in rows[self.task.label]]
         if self.settings["id"] in rows:
             kept["id"] = rows[self.settings["id"]]
-        return [json.dumps(dict(zip(kept, values, strict=True))) for values in zip(*kept.values(), strict=True)]
+        return self.records(kept)
 
     # -- what is computed
 
     def losses(self, outputs: Tensor, batch: Batch, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the mean of the cross-entropies of start and end, summed over windows, and their number."""
-        if class_weights is not None:
-            raise UsageError("class_weights is set; allowed for kind span: null")
+        no_weights(class_weights, "span")
         inputs = batch["inputs"]
-        scores_NL2, marks_N3 = _float32(outputs), from_rows(inputs["windows"], inputs, 3)
+        scores_NL2, marks_N3 = float32(outputs), from_rows(inputs["windows"], inputs, 3)
         allowed_NL = _inside(marks_N3, outputs.shape[1])
         allowed_NL = allowed_NL.scatter(1, marks_N3[:, :1], True)
         scores_NL2 = scores_NL2.masked_fill(~allowed_NL.unsqueeze(-1), -torch.inf)
@@ -244,7 +242,7 @@ class Span(Kind):
 
     def _answers(self, outputs: Tensor, batch: Batch, count: int) -> list[dict[str, Any]]:
         inputs = batch["inputs"]
-        scores_NL2, marks_N3 = _float32(outputs), from_rows(inputs["windows"], inputs, 3)
+        scores_NL2, marks_N3 = float32(outputs), from_rows(inputs["windows"], inputs, 3)
         inside_NL = _inside(marks_N3, outputs.shape[1])
         spans = best_spans(scores_NL2, inside_NL, inputs, self.settings["max_answer"], count)
         start_BK = inputs["token_starts"][spans.windows, spans.first]
@@ -276,12 +274,15 @@ class Span(Kind):
         return {**name, **answer, "score": best, "probability": probability, **odds}
 
 
-def _is_answer(text: Any, start: Any) -> bool:
-    return isinstance(text, str) and text.strip() != "" and type(start) is int and start >= 0
-
-
-def _float32(scores: Tensor) -> Tensor:
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+def _answers_of(value: Any) -> list[tuple[str, int]] | None:
+    """The answers in a label and where they begin; None where it is no label."""
+    given = value if isinstance(value, Mapping) else {}
+    texts, starts = given.get("text"), given.get("answer_start")
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        return None
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        return None
+    return list(zip(texts, starts, strict=True)) if all(type(s) is int and s >= 0 for s in starts) else None
 
 
 def _inside(marks_N3: Tensor, length: int) -> Tensor:

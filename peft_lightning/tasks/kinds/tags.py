@@ -9,15 +9,12 @@ Shapes: B rows, L tokens, C tags, T tokens of all rows end to end.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,6 +23,8 @@ from peft_lightning.errors import DataError, UsageError
 from peft_lightning.tasks.batch import Batch
 from peft_lightning.tasks.entities import build_entity_metrics, entities_of
 from peft_lightning.tasks.kinds.base import Kind, Model, Rows
+from peft_lightning.tasks.losses import float32, weights_for
+from peft_lightning.tasks.rows import whole_number
 from peft_lightning.tasks.table import Task
 
 if TYPE_CHECKING:
@@ -98,8 +97,9 @@ class Tags(Kind):
     def _number(self, tag: Any) -> int:
         if isinstance(tag, str) and (tag in self._numbers or tag.isdecimal()):
             tag = self._numbers[tag] if tag in self._numbers else int(tag)
-        if isinstance(tag, Integral) and not isinstance(tag, bool) and 0 <= tag < self.num_outputs:
-            return int(tag)
+        number = whole_number(tag)
+        if number is not None and 0 <= number < self.num_outputs:
+            return number
         names = ", ".join(self._numbers)
         raise DataError(f"the tag is {tag!r}; allowed: 0 to {self.num_outputs - 1}, or one of {names}")
 
@@ -145,9 +145,7 @@ class Tags(Kind):
             columns["labels"] = _per_row(labels_T, lengths)
         if references:
             known = {"tokens": sentences, "id": rows.get(self.settings["id"]), "tags": tags}
-            parts: dict[str, Any] = {name: values for name, values in known.items() if values}
-            records = (dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True))
-            columns["reference"] = [json.dumps(record, default=str) for record in records]
+            columns["reference"] = self.records({name: values for name, values in known.items() if values})
         return columns
 
     def _sentences(self, rows: Mapping[str, Sequence[Any]], first_row: int) -> list[list[str]]:
@@ -190,8 +188,8 @@ class Tags(Kind):
     def losses(self, outputs: Tensor, batch: Batch, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the sum of the cross-entropies of a row's words, and of the weights of their tags."""
         labels_BL = batch["labels"]
-        outputs_BLC = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        weights_C = outputs_BLC.new_ones(self.num_outputs) if class_weights is None else class_weights.to(outputs_BLC)
+        outputs_BLC = float32(outputs)
+        weights_C = weights_for(outputs_BLC, class_weights)
         # As one list of tokens: the loss of a [B, C, L] has no deterministic kernel on CUDA.
         flat = outputs_BLC.flatten(0, 1), labels_BL.flatten(), weights_C
         losses_BL = F.cross_entropy(*flat, ignore_index=_IGNORED, reduction="none").view_as(labels_BL)

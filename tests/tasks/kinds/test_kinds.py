@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from datetime import date
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,10 +67,16 @@ THREE = Task(name="three", labels=("bad", "fair", "good"))
 SCORE = Task(name="score", kind="regress", metrics=("pearson",))
 
 
-def encode(task: Task, rows: Mapping[str, Any], **options: Any) -> dict[str, list[Any]]:
+def encode(task: Task, rows: Mapping[str, Any], **options: Any) -> dict[str, Sequence[Any]]:
     """Encode ``rows`` with the toy tokenizer."""
     settings: dict[str, Any] = {"max_length": 16, "labelled": True, **options}
     return build_kind(task).encode(rows, toy_tokenizer(), **settings)
+
+
+def test_records_hold_what_json_does_not_know_as_text() -> None:
+    columns: dict[str, list[Any]] = {"id": [date(2024, 2, 29), 7], "text": ["é", None]}
+    found = [json.loads(record) for record in Kind.records(columns)]
+    assert found == [{"id": "2024-02-29", "text": "é"}, {"id": 7, "text": None}]
 
 
 # -- finding a kind

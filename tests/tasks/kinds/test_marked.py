@@ -53,7 +53,7 @@ def test_words_by_number_are_marked() -> None:
 
 
 def test_words_by_character_are_marked_in_both_texts() -> None:
-    row = {"a": "the cat runs", "a1": 4, "a2": 7, "b": "cat", "b1": 0, "b2": 3}
+    row: dict[str, Any] = {"a": "the cat runs", "a1": 4, "a2": 7, "b": "cat", "b1": 0, "b2": 3}
     assert texts(pair(), **row) == ["the good cat good runs", "good cat good"]
     assert texts(pair(front=["w"]), **row, w="cat") == ["cat [UNK] the good cat good runs", "good cat good"]
 
@@ -134,12 +134,13 @@ def test_characters_that_are_not_there(start: Any, end: Any) -> None:
     ],
 )
 def test_marked_words_are_cut_last(max_length: int, expected: str) -> None:
-    row = {"text": "the red cat runs dog sleeps here", "i": 2, "one": "cat", "j": 4, "two": "dog"}
+    row: dict[str, Any] = {"text": "the red cat runs dog sleeps here", "i": 2, "one": "cat", "j": 4, "two": "dog"}
     assert texts(task(WORDS), max_length, **row) == [expected.replace("here", "[UNK]")]
 
 
 def test_both_texts_and_the_front_are_spared() -> None:
-    row = {"a": "the red cat runs", "a1": 8, "a2": 11, "b": "this cat sleeps", "b1": 5, "b2": 8, "w": "cat"}
+    row: dict[str, Any] = {"a": "the red cat runs", "a1": 8, "a2": 11, "b": "this cat sleeps", "b1": 5, "b2": 8}
+    row["w"] = "cat"
     assert texts(pair(front=["w"]), 17, **row) == ["cat [UNK] the red good cat good runs", "this good cat good sleeps"]
     assert texts(pair(front=["w"]), 13, **row) == ["cat [UNK] red good cat good", "this good cat good"]
     assert texts(pair(front=["w"]), 11, **row) == ["cat [UNK] good cat good", "good cat good"]
@@ -149,12 +150,13 @@ def test_both_texts_and_the_front_are_spared() -> None:
 
 
 def test_rows_of_the_table() -> None:
-    wic = {"word": "cat", "sentence1": "cat runs", "sentence2": "this cat", "start1": 0, "end1": 3, "start2": 5}
-    assert texts(get_task("wic"), **wic, end2=8) == ["cat [UNK] [UNK] cat [UNK] runs", "this [UNK] cat [UNK]"]
+    wic: dict[str, Any] = {"word": "cat", "sentence1": "cat runs", "start1": 0, "end1": 3}
+    wic |= {"sentence2": "this cat", "start2": 5, "end2": 8}
+    assert texts(get_task("wic"), **wic) == ["cat [UNK] [UNK] cat [UNK] runs", "this [UNK] cat [UNK]"]
     assert build_kind(get_task("wic")).columns(True) == (
         *("sentence1", "sentence2", "word", "start1", "end1", "start2", "end2", "label"),
     )
-    row = {"span1_index": 0, "span1_text": "the cat", "span2_index": 3, "span2_text": "this"}
+    row: dict[str, Any] = {"span1_index": 0, "span1_text": "the cat", "span2_index": 3, "span2_text": "this"}
     (text,) = texts(get_task("wsc"), text="the cat plays this", **row)
     assert text == "the cat [UNK] this [UNK] [UNK] the cat [UNK] plays [UNK] this [UNK]"
 

@@ -59,7 +59,7 @@ def test_labels_that_are_none(label: Any) -> None:
 
 def test_rows_keep_their_id() -> None:
     named = kind(options={"id": "key"})
-    rows = {"text": ["the cat", "cat"], "label": [["joy"], []], "key": ["a", "b"]}
+    rows: dict[str, list[Any]] = {"text": ["the cat", "cat"], "label": [["joy"], []], "key": ["a", "b"]}
     columns = named.encode(rows, toy_tokenizer(), 16, labelled=True, references=True)
     assert columns["labels"] == [[1, 0, 0], [0, 0, 0]]
     assert named.columns(True) == ("text", "label", "key") and kind().columns(False) == ("text",)

@@ -23,7 +23,7 @@ from peft_lightning.tasks.kinds.base import build_kind
 from peft_lightning.tasks.table import Task, get_task
 from tests.reference import squad as oracle
 from tests.tasks.test_spans import make
-from tests.toy import tiny, trainer
+from tests.toy import build, tiny, trainer
 
 MODEL: Any = None  # this kind asks nothing of it
 SHORT = {"window": 12, "stride": 2, "max_question": 2, "max_answer": 3}
@@ -359,7 +359,7 @@ def test_batches_through_the_cache_are_those_of_lists(cache_dir: Path) -> None:
 
 
 def test_fit_test_and_predict(cache_dir: Path) -> None:
-    module = FineTuneModule(task="toy_span", backbone=tiny(0.0), optim={"lr": 1e-3})
+    module = build(FineTuneModule, task="toy_span", dropout=0.0)
     data = toy_data(batch_size=16, eval_batch_size=24)
     fit = trainer(max_steps=2, limit_val_batches=2)
     fit.fit(module, datamodule=data)
@@ -375,7 +375,7 @@ def test_fit_test_and_predict(cache_dir: Path) -> None:
 
 @pytest.mark.slow
 def test_the_toy_task_is_learned(cache_dir: Path) -> None:
-    module = FineTuneModule(task="toy_span", backbone=wide(), optim={"lr": 1e-3}, head_dropout=0.0)
+    module = build(FineTuneModule, task="toy_span", backbone=wide(), dropout=0.0)
     fit = trainer(max_epochs=8, limit_val_batches=0)
     fit.fit(module, datamodule=toy_data(batch_size=32))
     assert fit.test(module, datamodule=toy_data(), verbose=False)[0]["test/exact_match"] >= 0.95
