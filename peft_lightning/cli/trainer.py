@@ -6,9 +6,8 @@ import json
 import os
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import lightning as L
 import torch
@@ -21,7 +20,7 @@ import peft_lightning.callbacks.drift
 import peft_lightning.data.corpus
 import peft_lightning.data.supervised
 import peft_lightning.methods  # noqa: F401
-from peft_lightning.atomic import atomic_write
+from peft_lightning.atomic import atomic_write, atomic_write_together
 from peft_lightning.backbones.build import BackboneConfig
 from peft_lightning.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
 from peft_lightning.callbacks.log import MetricsCSV
@@ -223,17 +222,11 @@ class TrainerCLI(LightningCLI):
             answers = [answer for part in gathered for answer in part]
         if self.trainer.is_global_zero:
             answers.sort(key=lambda answer: answer["row"])
-            lines = [json.dumps(answer) for answer in answers]
-            target = Path(self.options.run_dir) / "predictions.jsonl"
-            atomic_write(target, lambda file: file.write(("\n".join(lines) + "\n").encode()))
-            official = self.model.kind.official(answers) if isinstance(self.model, TaskModule) else {}
-            for name, text in official.items():
-                atomic_write(target.parent / name, partial(_write_text, text))
-            Console(soft_wrap=True, markup=False).print(f"{len(lines):,} answers in {target}")
-
-
-def _write_text(text: str, file: BinaryIO) -> None:
-    file.write(text.encode())
+            folder, name = Path(self.options.run_dir), "predictions.jsonl"
+            files = self.model.kind.official(answers) if isinstance(self.model, TaskModule) else {}
+            files[name] = "".join(f"{json.dumps(answer)}\n" for answer in answers)
+            atomic_write_together(folder, {file: text.encode() for file, text in files.items()})
+            Console(soft_wrap=True, markup=False).print(f"{len(answers):,} answers in {folder / name}")
 
 
 def run(words: list[str]) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from peft_lightning.data.toy import toy_rows
 from peft_lightning.errors import DataError, UsageError
+from peft_lightning.tasks.kinds.base import build_kind
 from peft_lightning.tasks.table import Task
 
 if TYPE_CHECKING:
@@ -107,8 +108,8 @@ def open_source(task: Task, stage: str, rows: Mapping[str, Any] | None, root: st
             raise DataError(f"rows has no split {split!r} (stage {stage}); there are: {', '.join(rows)}")
         return _from_python(f"rows[{key!r}]", rows[key])
     if root is not None:
-        # A class's name may look like a number or a truth value: the task says which it is, not the file's reader.
-        strings = (*task.text, task.label) if task.labels else task.text
+        # A text may look like a number or a truth value: the task says which it is, not the file's reader.
+        strings = build_kind(task).strings()
         strings += tuple(task.also[name] for name in strings if name in task.also)
         return _from_file(_find_file(Path(root).expanduser(), task, split, stage), strings)
     if task.name.startswith("toy_"):

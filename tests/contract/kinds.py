@@ -10,6 +10,7 @@ from typing import Any
 
 from peft_lightning.backbones.toy import TOY_WORDS
 from peft_lightning.data.toy import toy_rows
+from peft_lightning.tasks.table import get_task
 from tests.toy import build, data, tiny
 
 Row = dict[str, Any]
@@ -141,3 +142,18 @@ def span_like(other: Row, row: Row) -> dict[str, Any]:
         "text": [" ".join(words[first : first + count])],
         "answer_start": [len(" ".join([*words[:first], ""]))],
     }
+
+
+def stretched(kind: str, rows: list[Row]) -> list[Row]:
+    """The rows with texts of other lengths, so that batches have padding; labels may not fit them.
+
+    Two in three are longer; of spans, whose windows are as long as they may be, two in three are shorter.
+    """
+    column, words = get_task(TOYS[kind].task).text[-1], ["the", "red", "dog", "sleeps"]
+    found = []
+    for number, row in enumerate(rows):
+        value, more = row[column], words * (number % 3)
+        old = value if isinstance(value, list) else value.split()
+        new = old[: len(old) - len(more) // 2] if kind == "span" else [*old, *more]
+        found.append({**row, column: new if isinstance(value, list) else " ".join(new)})
+    return found

@@ -71,6 +71,34 @@ def test_csv_may_hold_line_ends_and_texts_that_look_like_numbers(tmp_path: Path)
     assert [row["text"] for row in read(root=tmp_path)] == ["12", "007"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "header", "row", "read"),
+    [
+        ({"kind": "choice", "options": {"choices": ["a", "b"]}}, "text,a,b,label", "1,2,3.0,0", ["1", "2", "3.0", 0]),
+        (
+            {"kind": "grouped", "labels": ("no", "yes"), "options": {"group": ["of"], "joined": ["more"]}},
+            "text,more,of,label",
+            "1,true,7,yes",
+            ["1", "true", 7, "yes"],
+        ),
+        (
+            {"kind": "marked", "labels": ("0", "1"), "options": {"words": {"text": ["at", "word"]}}},
+            "text,at,word,label",
+            "12,0,12,1",
+            ["12", 0, "12", "1"],
+        ),
+        ({"kind": "generate"}, "text,label", "007,42", ["007", "42"]),
+    ],
+)
+def test_texts_of_every_kind_may_look_like_numbers(
+    tmp_path: Path, fields: dict[str, Any], header: str, row: str, read: list[Any]
+) -> None:
+    (tmp_path / "train.csv").write_text(f"{header}\n{row}\n")
+    task = Task(metrics=("f1a",) if fields["kind"] == "grouped" else ("accuracy",), **fields)
+    (found,) = open_source(task, "train", None, str(tmp_path)).slices(tuple(header.split(",")), 10)
+    assert [values for (values,) in found.values()] == read
+
+
 def test_python_rows() -> None:
     assert read(rows={"train": ROWS}) == ROWS
     data = datasets.Dataset.from_list(ROWS)

@@ -96,7 +96,16 @@ class Kind(ABC):
 
     def columns(self, labelled: bool) -> tuple[str, ...]:
         """Return the columns that :meth:`encode` reads."""
-        return (*self.task.text, self.task.label) if labelled else self.task.text
+        names = (*self.task.text, *self.further(), self.settings.get("id"), self.task.label if labelled else "")
+        return tuple(dict.fromkeys(name for name in names if name))
+
+    def further(self) -> tuple[str, ...]:
+        """Return the columns that :meth:`encode` reads beside the texts, the label and what names a row."""
+        return ()
+
+    def strings(self) -> tuple[str, ...]:
+        """Return the columns of texts, which a file of plain text may make look like numbers or truth values."""
+        return (*self.task.text, self.task.label) if self.task.labels else self.task.text
 
     def required(self) -> tuple[str, ...]:
         """Return the columns without which a row cannot be answered; what it is called is not among them."""

@@ -78,10 +78,13 @@ class Choice(Kind):
 
     # -- what is encoded
 
-    def columns(self, labelled: bool) -> tuple[str, ...]:
-        """Return the columns of the context and of the choices, the id's, and the label's if ``labelled``."""
-        names = (*self.task.text, *self._columns, self.settings["id"], self.task.label if labelled else "")
-        return tuple(dict.fromkeys(filter(None, names)))
+    def further(self) -> tuple[str, ...]:
+        """Return the columns of the choices."""
+        return self._columns
+
+    def strings(self) -> tuple[str, ...]:
+        """Return the columns of the context and of the choices."""
+        return (*super().strings(), *self._columns)
 
     def required(self) -> tuple[str, ...]:
         """Return the columns of the context and of the first two choices."""

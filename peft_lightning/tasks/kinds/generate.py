@@ -104,8 +104,12 @@ class Generate(Kind):
 
     def columns(self, labelled: bool) -> tuple[str, ...]:
         """Return the columns of the text, the label, further references and the row's name."""
-        label = (self.task.label, self.settings["targets"]) if labelled else ()
-        return tuple(dict.fromkeys(name for name in (*self.task.text, *label, self.settings["id"]) if name))
+        targets = self.settings["targets"] if labelled else ""
+        return tuple(dict.fromkeys((*super().columns(labelled), *filter(None, [targets]))))
+
+    def strings(self) -> tuple[str, ...]:
+        """Return the columns of the text and of the summary."""
+        return (*super().strings(), self.task.label)
 
     def encode(
         self,

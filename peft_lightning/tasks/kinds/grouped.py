@@ -60,10 +60,13 @@ class Grouped(Classify):
         self._joined = name_list(self.settings, "joined")
         self._ids = (*self._group, *([self.settings["id"]] if self.settings["id"] else []))
 
-    def columns(self, labelled: bool) -> tuple[str, ...]:
-        """Return the columns of the texts, of the group and of the id, and the label's if ``labelled``."""
-        names = (*self.task.text, *self._joined, *self._ids, self.task.label if labelled else "")
-        return tuple(dict.fromkeys(filter(None, names)))
+    def further(self) -> tuple[str, ...]:
+        """Return the columns of the texts that are joined, and of the group."""
+        return (*self._joined, *self._group)
+
+    def strings(self) -> tuple[str, ...]:
+        """Return the columns of all texts."""
+        return (*super().strings(), *self._joined)
 
     def encode(
         self,

@@ -82,11 +82,15 @@ class Marked(Classify):
                 raise UsageError(f"task.options.{option} is {given!r}; allowed: {columns}: a list of pairs of columns")
         return {column: list(zip(names[::2], names[1::2], strict=True)) for column, names in given.items()}
 
-    def columns(self, labelled: bool) -> tuple[str, ...]:
-        """Return the columns of the texts, of the words and of the id, and the label's if ``labelled``."""
+    def further(self) -> tuple[str, ...]:
+        """Return the columns of the words and of their places."""
         spans = [name for pairs in self._pairs.values() for row in pairs.values() for pair in row for name in pair]
-        names = (*self.task.text, *self._front, *spans, self.settings["id"], self.task.label if labelled else "")
-        return tuple(dict.fromkeys(filter(None, names)))
+        return (*self._front, *spans)
+
+    def strings(self) -> tuple[str, ...]:
+        """Return the columns of the texts and of the words."""
+        words = [word for row in self._pairs["words"].values() for _, word in row]
+        return (*super().strings(), *self._front, *words)
 
     def encode(
         self,

@@ -47,11 +47,6 @@ class MultiLabel(Classify):
         if not isinstance(threshold, float) or not 0 < threshold < 1:
             raise UsageError(f"task.options.threshold is {threshold!r}; allowed: a number between 0 and 1")
 
-    def columns(self, labelled: bool) -> tuple[str, ...]:
-        """Return the columns of the texts and of the id, and the label's if ``labelled``."""
-        names = dict.fromkeys([*super().columns(labelled), self.settings["id"]])
-        return tuple(name for name in names if name)
-
     def target(self, value: Any) -> list[int]:  # type: ignore[override]
         """Return for each class whether the list ``value`` holds it: 1 or 0."""
         if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):

@@ -46,7 +46,8 @@ class Span(Kind):
     Options:
         unanswerable: whether a question may have no answer.
         null_threshold: no answer, where its score is larger than that of the best span by more than this.
-        stride: tokens of the context that neighbouring windows share.
+        stride: tokens of the context that neighbouring windows share; if null 128, or half of a window's where it is
+            shorter.
         max_question: tokens to which a question is cut.
         max_answer: tokens of an answer at most.
         window: tokens of a window, where that is less than ``max_length``; no such limit if 0.
@@ -60,7 +61,7 @@ class Span(Kind):
     options = {
         "unanswerable": False,
         "null_threshold": 0.0,
-        "stride": 128,
+        "stride": None,
         "max_question": 64,
         "max_answer": 30,
         "window": 0,
@@ -81,6 +82,8 @@ class Span(Kind):
             raise UsageError(f"task.labels is {list(task.labels)}; allowed for kind span: none")
         least = {"stride": 0, "max_question": 1, "max_answer": 1, "window": 0, "best": 1}
         for name, value in self.settings.items():
+            if name == "stride" and value is None:
+                continue
             if name in least:
                 fits, allowed = type(value) is int and value >= least[name], f"a whole number, {least[name]} or more"
             elif name == "id":
@@ -98,11 +101,6 @@ class Span(Kind):
     def num_outputs(self) -> int:
         """Two a token: as a start, and as an end."""
         return 2
-
-    def columns(self, labelled: bool) -> tuple[str, ...]:
-        """Return question, context, answers if ``labelled``, and the questions' names where they have one."""
-        name = self.settings["id"]
-        return (*super().columns(labelled), name) if name else super().columns(labelled)
 
     def target(self, value: Any) -> list[int]:
         """Return where the first answer begins and ends in the context; an empty list if there is none."""
@@ -135,14 +133,15 @@ class Span(Kind):
         asked = np.array([different.setdefault(context, len(different)) for context in contexts])
         frame = frame_of(tokenizer)
         passages = tokens_of(list(different), tokenizer)
+        size, stride = self._window(max_length, sum(frame.sizes))
         windows = Windows(
             frame,
             tokens_of([question.lstrip() for question in questions], tokenizer),
             passages,
             asked,
-            size=self._size(max_length, sum(frame.sizes)),
+            size=size,
             max_question=self.settings["max_question"],
-            stride=self.settings["stride"],
+            stride=stride,
         )
         columns: dict[str, Sequence[Any]] = {**windows.columns(characters=references)}
         if labelled:
@@ -151,17 +150,18 @@ class Span(Kind):
             columns["reference"] = self._references(rows, labelled)
         return columns
 
-    def _size(self, max_length: int, specials: int) -> int:
-        """Tokens of a window, of which a question of full length and the stride must leave one."""
-        size = min(max_length, self.settings["window"] or max_length)
+    def _window(self, max_length: int, specials: int) -> tuple[int, int]:
+        """Tokens of a window, and of them the stride: with a question of full length it must leave one."""
+        size, stride = min(max_length, self.settings["window"] or max_length), self.settings["stride"]
         room = size - specials - self.settings["max_question"]
-        if room <= self.settings["stride"]:
+        chosen = min(128, room // 2) if stride is None else stride
+        if room <= chosen or room < 1:
             most = f"at most {room - 1}" if room > 0 else "none"
             raise UsageError(
-                f"task.options.stride is {self.settings['stride']}; allowed for windows of {size} tokens, {specials} "
+                f"task.options.stride is {stride}; allowed for windows of {size} tokens, {specials} "
                 f"special ones and max_question = {self.settings['max_question']} among them: {most}"
             )
-        return size
+        return size, chosen
 
     def _check_places(self, rows: Mapping[str, Sequence[Any]], contexts: Sequence[str], first_row: int) -> None:
         column = self.task.label

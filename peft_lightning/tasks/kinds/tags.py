@@ -81,11 +81,6 @@ class Tags(Kind):
 
     # -- what is encoded
 
-    def columns(self, labelled: bool) -> tuple[str, ...]:
-        """Return the columns of the words, of what names the row, and of the tags."""
-        named = (self.settings["id"],) if self.settings["id"] else ()
-        return (*self.task.text, *named, self.task.label) if labelled else (*self.task.text, *named)
-
     def target(self, value: Any) -> list[int]:
         """Return the numbers of a sentence's tags."""
         tags = _items(value)

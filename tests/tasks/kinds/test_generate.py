@@ -100,7 +100,7 @@ def test_sentences_are_joined() -> None:
 
 def test_columns_and_what_a_stage_needs() -> None:
     kind = kind_of(targets="more", id="key")
-    assert kind.columns(labelled=True) == ("text", "label", "more", "key")
+    assert kind.columns(labelled=True) == ("text", "key", "label", "more")
     assert kind.columns(labelled=False) == ("text", "key")
     assert "reference" not in encode(kind, ROWS, references=False)
     unlabelled = encode(kind, {"text": ["cat"], "key": ["b"]}, labelled=False)

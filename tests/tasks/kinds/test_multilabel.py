@@ -62,7 +62,7 @@ def test_rows_keep_their_id() -> None:
     rows: dict[str, list[Any]] = {"text": ["the cat", "cat"], "label": [["joy"], []], "key": ["a", "b"]}
     columns = named.encode(rows, toy_tokenizer(), 16, labelled=True, references=True)
     assert columns["labels"] == [[1, 0, 0], [0, 0, 0]]
-    assert named.columns(True) == ("text", "label", "key") and kind().columns(False) == ("text",)
+    assert named.columns(True) == ("text", "key", "label") and kind().columns(False) == ("text",)
     references = [json.loads(text) for text in columns["reference"]]
     assert references == [{"id": "a"}, {"id": "b"}]
     answers = named.answers(torch.zeros(2, 3), {"references": references}, MODEL)

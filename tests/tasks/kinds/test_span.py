@@ -109,6 +109,18 @@ def test_the_stride_must_leave_room() -> None:
         encode(ROWS, task(stride=3), max_length=8)
 
 
+def test_without_a_stride_windows_share_half_of_a_short_one() -> None:
+    def ids(rows: list[dict[str, Any]], length: int, **options: Any) -> list[list[int]]:
+        return [list(row) for row in encode(rows, task(**options), max_length=length)["input_ids"]]
+
+    # seven tokens of a window are the context's
+    assert ids(ROWS, 64, stride=None) == ids(ROWS, 64, stride=3) != ids(ROWS, 64, stride=2)
+    long = [{**ROWS[0], "context": " ".join(["dog"] * 700), "answers": {"text": ["dog"], "answer_start": [0]}}]
+    assert ids(long, 384, stride=None, window=0) == ids(long, 384, stride=128, window=0)
+    with pytest.raises(UsageError, match=r"stride is None; allowed for windows of 5 tokens, .*: none"):
+        encode(ROWS, task(stride=None, window=5))
+
+
 # -- encoding
 
 
