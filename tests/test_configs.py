@@ -29,6 +29,16 @@ SMALL = [
     "--model.backbone.compile",
     "false",
 ]
+# What a configuration trains here instead of the toy overlay's task.
+TOYS = {
+    "sparse_adapter_squad": ["--data.task", "toy_span"],
+    "sparse_adapter_xsum": [
+        "--data.task=toy_copy",
+        "--model.backbone.config="
+        "{model_type: bart, d_model: 32, encoder_layers: 1, decoder_layers: 1, encoder_attention_heads: 2, "
+        "decoder_attention_heads: 2, encoder_ffn_dim: 32, decoder_ffn_dim: 32}",
+    ],
+}
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 MACHINE = {"accelerator", "devices", "num_nodes", "strategy", "precision", "plugins", "benchmark"}
 # A machine's overlay says how a GPU or several processes are used; two steps of it must run on any machine.
@@ -69,7 +79,7 @@ def test_two_steps(path: Path, tmp_path: Path, cache_dir: Path, monkeypatch: pyt
         (tmp_path / "text.txt").write_text("\n\n".join(toy_texts()), encoding="utf-8")
         toy = [*SMALL, "--data.inputs", str(tmp_path / "text.txt"), "--trainer.val_check_interval=2"]
     else:
-        toy = ["--config", "configs/overlays/toy.yaml"]
+        toy = ["--config", "configs/overlays/toy.yaml", *TOYS.get(path.stem, [])]
     short = ["--trainer.max_steps=2", "--trainer.limit_val_batches=2", "--trainer.enable_progress_bar=false"]
     main([*words, *toy, *HERE, *short, "--run_dir", str(run)])
     state = torch.load(run / "last.ckpt", weights_only=True)

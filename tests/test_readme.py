@@ -6,6 +6,7 @@ A command is either run here or named in ``ELSEWHERE`` with the reason and what 
 from __future__ import annotations
 
 import json
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -19,6 +20,8 @@ from peft_lightning.backbones.build import BackboneConfig, build_backbone
 from peft_lightning.backbones.toy import toy_tokenizer
 from peft_lightning.cli.main import main
 from peft_lightning.data.toy import toy_rows
+from peft_lightning.tasks import kinds
+from peft_lightning.tasks.table import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -30,6 +33,7 @@ ELSEWHERE = {
     "make test": "this is it",
     "make bench-mrpc": "takes up to 45 minutes; tests/benchmarks runs it with --tiny",
     "make bench-prune": "takes up to 90 minutes; tests/benchmarks runs it with --tiny",
+    "make bench-tasks": "takes an hour; tests/benchmarks runs it with --tiny",
     "make bench-speed": "takes minutes; tests/benchmarks runs it with --tiny",
     "make bench-pretrain": "takes minutes; tests/benchmarks runs it with --tiny",
     "peft-lightning fit --config configs/sctd_pretrain.yaml --config configs/overlays/pretrain_8gpu.yaml "
@@ -194,3 +198,14 @@ def test_links_lead_somewhere(path: Path) -> None:
             headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, f"{path.name} links to {target}; there are {sorted(slugs)}"
+
+
+def test_the_readme_names_every_kind_and_task() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", DOCUMENTS[0].read_text(), re.MULTILINE)
+    shown = {kind: set(re.findall(r"`(\w+)`", names)) for kind, names in rows}
+    known: dict[str, set[str]] = {info.name: set() for info in pkgutil.iter_modules(kinds.__path__)}
+    for task in TASKS.values():
+        if not task.name.startswith("toy_"):
+            known[task.kind].add(task.name)
+    del known["base"]
+    assert {kind: shown.get(kind) for kind in known} == known

@@ -173,7 +173,15 @@ _ROWS = (
     ),
     *(Task(**fields) for fields in FURTHER),
     # Summaries of one sentence. ROUGE-2 comes first, as papers on adapters choose by it; the search on XSum is BART's.
-    _summary("xsum", hub=(f"EdinburghNLP/xsum{_PARQUET}",), text="document", label="summary", id="id", min_target=10),
+    _summary(
+        "xsum",
+        hub=(f"EdinburghNLP/xsum{_PARQUET}",),
+        text="document",
+        label="summary",
+        id="id",
+        min_target=10,
+        max_target=128,
+    ),
     # On the hub these are lists, of a text's sentences and of summaries, in a script that datasets no longer runs.
     _summary(
         "scitldr",
