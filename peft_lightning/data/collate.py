@@ -31,16 +31,15 @@ class PaddingCollate:
     Args:
         data: the encoded split.
         pad_token_id: fills ``input_ids`` up to the longest row of the batch.
-        pad_multiple: L is rounded up to a multiple of it.
     """
 
-    def __init__(self, data: Encoded, pad_token_id: int, pad_multiple: int = 1) -> None:
-        self.data, self.pad_token_id, self.pad_multiple = data, pad_token_id, pad_multiple
+    def __init__(self, data: Encoded, pad_token_id: int) -> None:
+        self.data, self.pad_token_id = data, pad_token_id
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         """Return the tensors of ``batch``."""
         scalars, ragged = self.data.gather(batch.rows)
-        result = make_batch(scalars, ragged, pad_token_id=self.pad_token_id, pad_multiple=self.pad_multiple)
+        result = make_batch(scalars, ragged, pad_token_id=self.pad_token_id)
         result["rows"] = torch.from_numpy(batch.rows)
         result["valid"] = torch.full((len(batch.rows),), batch.valid)
         return result

@@ -29,7 +29,6 @@ def make_batch(
     ragged: Mapping[str, tuple[np.ndarray, np.ndarray]],
     *,
     pad_token_id: int,
-    pad_multiple: int = 1,
 ) -> dict[str, Any]:
     """Pad the columns of B rows.
 
@@ -39,7 +38,6 @@ def make_batch(
             tokens of each sequence where rows have several; ``input_ids`` and columns called ``token_...`` have one
             value a token. ``reference`` holds the bytes of a JSON object.
         pad_token_id: fills ``input_ids`` up to the longest sequence.
-        pad_multiple: L is rounded up to a multiple of it.
 
     Returns:
         ``inputs``: int64 [N, L] for the values of tokens, with ``attention_mask``, int64 [B] for other columns and
@@ -59,7 +57,7 @@ def make_batch(
         elif name != "sizes":
             cut = sizes if sizes is not None and _of_tokens(name) else lengths
             padding = pad_token_id if name == "input_ids" else 0
-            columns[name], filled = _padded(values, cut, padding, pad_multiple)
+            columns[name], filled = _padded(values, cut, padding)
             if name == "input_ids":
                 columns["attention_mask"] = filled
     if counts is not None:
@@ -122,10 +120,9 @@ def _of_tokens(name: str) -> bool:
     return name == "input_ids" or name.startswith("token_")
 
 
-def _padded(values: np.ndarray, lengths: np.ndarray, fill: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """int64 [rows, width], and 1 where there is a value."""
-    width = -(-int(lengths.max()) // multiple) * multiple
-    filled = np.arange(width) < lengths[:, None]
+def _padded(values: np.ndarray, lengths: np.ndarray, fill: int) -> tuple[Tensor, Tensor]:
+    """int64 [rows, longest], and 1 where there is a value."""
+    filled = np.arange(int(lengths.max())) < lengths[:, None]
     padded = np.full(filled.shape, fill, np.int64)
     padded[filled] = values
     return torch.from_numpy(padded), torch.from_numpy(filled.astype(np.int64))

@@ -18,8 +18,8 @@ from peft_lightning.tasks.batch import batch_of_lists, chosen, make_batch, rows_
 ROWS = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=5)
 
 
-@given(rows=ROWS, multiple=st.sampled_from([1, 4]))
-def test_sequences_of_a_row_lie_side_by_side(rows: list[list[int]], multiple: int) -> None:
+@given(rows=ROWS)
+def test_sequences_of_a_row_lie_side_by_side(rows: list[list[int]]) -> None:
     """``rows`` holds the lengths of each row's sequences; token t of sequence s is 10 s + t."""
     flat = [length for row in rows for length in row]
     tokens = np.concatenate([10 * s + np.arange(length) for s, length in enumerate(flat)])
@@ -30,8 +30,8 @@ def test_sequences_of_a_row_lie_side_by_side(rows: list[list[int]], multiple: in
         "sizes": (np.array(flat), np.array([len(row) for row in rows])),
         "labels": (np.array(flat), np.array([len(row) for row in rows])),
     }
-    batch = make_batch({"group": np.arange(len(rows))}, ragged, pad_token_id=7, pad_multiple=multiple)
-    inputs, width = batch["inputs"], -(-max(flat) // multiple) * multiple
+    batch = make_batch({"group": np.arange(len(rows))}, ragged, pad_token_id=7)
+    inputs, width = batch["inputs"], max(flat)
     assert set(inputs) == {"input_ids", "attention_mask", "token_places", "sequences", "group"}
     for s, length in enumerate(flat):
         assert inputs["input_ids"][s].tolist() == [10 * s + t for t in range(length)] + [7] * (width - length)
