@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peft_lightning.backbones.build import BackboneConfig
     from peft_lightning.callbacks.checkpoint import RunCheckpoint
     from peft_lightning.data.corpus import MLMDataModule
+    from peft_lightning.data.few_shot import FewShotDataModule
     from peft_lightning.data.supervised import TaskDataModule
     from peft_lightning.exchange import export_adapter, import_adapter, load_pruned
     from peft_lightning.layers.adapters import AdapterConfig
@@ -31,6 +32,7 @@ __all__ = [
     "AdapterConfig",
     "BackboneConfig",
     "DropConfig",
+    "FewShotDataModule",
     "FineTuneModule",
     "ImportanceConfig",
     "MLMDataModule",
@@ -54,6 +56,7 @@ _HOME = {
     "AdapterConfig": "layers.adapters",
     "BackboneConfig": "backbones.build",
     "DropConfig": "layers.drop_config",
+    "FewShotDataModule": "data.few_shot",
     "FineTuneModule": "methods",
     "ImportanceConfig": "layers.prune_config",
     "MLMDataModule": "data.corpus",

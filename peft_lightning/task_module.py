@@ -63,6 +63,7 @@ class TaskModule(MethodModule):
         self.backbone_config = as_backbone_config(backbone)
         _ = self.backbone_config.tokenizer_name  # without one there is nothing to read texts with
         self.kind = build_kind(self.task)
+        self.kind.tokenizer_name = self.tokenizer_name
         self.head_style = self.kind.style if head == "auto" else head
         self.head_dropout, self.max_length = head_dropout, max_length
         classes = len(self.task.labels)

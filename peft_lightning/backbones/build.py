@@ -101,7 +101,7 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
     return backbone.train()
 
 
-def build_masked_lm(config: BackboneConfig, tokenizer: Any = None) -> nn.Module:
+def build_masked_lm(config: BackboneConfig, tokenizer: Any = None, *, new_head: bool = True) -> nn.Module:
     """Build an encoder with its head for masked language modelling, in training mode.
 
     The settings ``compile`` and ``gradient_checkpointing`` are left to whoever drives its layers.
@@ -110,10 +110,11 @@ def build_masked_lm(config: BackboneConfig, tokenizer: Any = None) -> nn.Module:
         config: which; a folder without the head (or with a part of it) gets a new one, with a warning.
         tokenizer: decides, where ``config.config`` does not, the vocabulary's size (rounded up to a multiple of 64) and
             the numbers of special tokens.
+        new_head: whether a folder without the head gets a new one.
 
     Raises:
-        UsageError: if it cannot be loaded or built, its architecture has no such head, or its padding is another word
-            of the tokenizer.
+        UsageError: if it cannot be loaded or built, its architecture or, without ``new_head``, its folder has no such
+            head, or its padding is another word of the tokenizer.
     """
     from transformers import AutoModelForMaskedLM
 
@@ -124,6 +125,9 @@ def build_masked_lm(config: BackboneConfig, tokenizer: Any = None) -> nn.Module:
         raise UsageError(f"backbone: takes token {padding} for padding, {word!r} in the tokenizer, whose own is {ours}")
     prefix = f"{model.base_model_prefix}."
     _refuse_lacking(config, [name for name in lacking if name.startswith(prefix)])
+    if lacking and not new_head:
+        what = f"its weights lack {len(lacking)} tensors of the head for masked language modelling: {lacking[0]}"
+        raise UsageError(f"backbone.name = {config.name!r}: cannot be read out with words ({what})")
     if lacking:
         warnings.warn(
             f"{config.name}: has no head for masked language modelling ({len(lacking)} tensors lack); a new one begins "

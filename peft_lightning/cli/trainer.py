@@ -18,6 +18,7 @@ from rich.console import Console
 
 import peft_lightning.callbacks.drift
 import peft_lightning.data.corpus
+import peft_lightning.data.few_shot
 import peft_lightning.data.supervised
 import peft_lightning.methods  # noqa: F401
 from peft_lightning.atomic import atomic_write, atomic_write_together

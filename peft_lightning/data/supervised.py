@@ -21,7 +21,7 @@ from peft_lightning.data.collate import PaddingCollate
 from peft_lightning.data.encode import encode_split
 from peft_lightning.data.loader import Batch, Loader
 from peft_lightning.data.module import SplitDataModule, within
-from peft_lightning.data.source import open_source
+from peft_lightning.data.source import Source, open_source
 from peft_lightning.errors import DataError, UsageError
 from peft_lightning.tasks.kinds.base import build_kind
 from peft_lightning.tasks.table import Task, get_task
@@ -161,6 +161,15 @@ class TaskDataModule(SplitDataModule):
             return self._tokenizer
         return getattr(getattr(self.trainer, "lightning_module", None), "tokenizer_name", None)
 
+    def source(self, split: str) -> Source:
+        """Return the raw rows of a stage; a subclass may choose among them.
+
+        Raises:
+            UsageError: an option leads to no data.
+            DataError: the split is missing, ambiguous or unreachable.
+        """
+        return open_source(self.task, split, self.rows, self.root)
+
     def load(self, split: str) -> Encoded:
         """Return the encoded rows of a stage: train, validation, test or predict.
 
@@ -171,7 +180,7 @@ class TaskDataModule(SplitDataModule):
         key = (split, self._tokenizer_choice)
         if key not in self._encoded:
             self._encoded[key] = encode_split(
-                open_source(self.task, split, self.rows, self.root),
+                self.source(split),
                 self.kind,
                 self.tokenizer,
                 max_length=self.max_length,

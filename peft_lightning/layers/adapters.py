@@ -85,7 +85,7 @@ def refusal(model_type: str, kind: str) -> str | None:
 
 
 def attach_adapters(
-    backbone: nn.Module, config: AdapterConfig, *, masked: bool = False, multiplier: int = 1
+    backbone: nn.Module, config: AdapterConfig, *, masked: bool = False, multiplier: int = 1, hooked: bool = True
 ) -> dict[str, nn.Module]:
     """Build the adapters that a setting asks for and hook them on a backbone.
 
@@ -94,6 +94,7 @@ def attach_adapters(
         config: kind, shape and place.
         masked: whether the adapters' matrices carry masks.
         multiplier: factor of the inner width (Large-Sparse).
+        hooked: False leaves them without effect, for what puts several of them together.
 
     Returns:
         The new modules by their path inside the backbone.
@@ -126,7 +127,8 @@ def attach_adapters(
             adapter = _build(backbone, site, config, place.how, config.bottleneck * multiplier, masked)
             group = {LoRA: "loras", Prefix: "prefixes"}.get(type(adapter), "adapters")
             adapters[add_child(backbone, site, group, config.name, adapter)] = adapter
-            _hook(backbone, layer, place, adapter)
+            if hooked:
+                _hook(backbone, layer, place, adapter)
     return adapters
 
 

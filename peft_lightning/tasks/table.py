@@ -84,6 +84,8 @@ class Task:
 def get_task(spec: str | Task | Mapping[str, Any]) -> Task:
     """Return the row called ``spec``, or the row that ``spec`` spells out.
 
+    ``NAME+MODE``, such as ``sst2+prompt``, is the row with the prompt of ``tasks/prompts.py``.
+
     Raises:
         UsageError: no row has this name, or a mapping holds a field that a task does not have.
 
@@ -97,6 +99,11 @@ def get_task(spec: str | Task | Mapping[str, Any]) -> Task:
         if unknown := sorted(set(spec) - set(fields)):
             raise UsageError(f"task has the field {unknown[0]!r}; allowed: {', '.join(fields)}")
         return Task(**spec)
+    if isinstance(spec, str) and "+" in spec:
+        from peft_lightning.tasks.prompts import prompted
+
+        name, _, mode = spec.partition("+")
+        return prompted(get_task(name), mode)
     if not isinstance(spec, str) or spec not in TASKS:
         raise UsageError(f"task is {spec!r}; allowed: {', '.join(TASKS)}, or the fields of a task")
     return TASKS[spec]

@@ -61,6 +61,7 @@ TOYS = {
     # places of entities are known by the number of words; one type always: a third found, two thirds to find
     "tags": Toy(task="toy_tags", alike="tokens", chance=0.4),
     "span": Toy(task="toy_span", label="answers"),
+    "prompt": Toy(task="toy_sentiment+prompt"),
     # the text itself is the baseline; without it, two or three of 33 words
     "generate": Toy(task="toy_copy", epochs=6, spread=0.13, label="copy", chance=2.5 / 33),
 }
@@ -102,7 +103,7 @@ def rows_of(kind: str, sizes: dict[str, int] = SIZES) -> Rows:
     """Rows of the kind's toy task, the same each time; texts to copy are short, numbers lie round 0."""
     if kind == "generate":
         return short_copies(sizes)
-    rows = {split: toy_rows(TOYS[kind].task, split, size=size) for split, size in sizes.items()}
+    rows = {split: toy_rows(get_task(TOYS[kind].task).name, split, size=size) for split, size in sizes.items()}
     if kind == "regress":  # Adam remembers the large slopes of a mean that it has to find first for hundreds of steps
         rows = {split: [{**row, "label": row["label"] - 2.4} for row in part] for split, part in rows.items()}
     return rows

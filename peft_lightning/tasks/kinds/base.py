@@ -77,6 +77,9 @@ class Kind(ABC):
     trivial: ClassVar[str]
     """What the answers of :meth:`baseline` are called."""
 
+    tokenizer_name = ""
+    """Folder or hub name of the tokenizer of the module at hand, or ``toy``; data has no need of it."""
+
     def __init__(self, task: Task) -> None:
         self.task = task
         if unknown := sorted(set(task.options) - set(self.options)):
@@ -177,6 +180,10 @@ class Kind(ABC):
                 raise DataError(f"row {number}, column {self.task.label!r}: {error}") from None
         return targets
 
+    def classes(self, target: Any = None) -> tuple[str, ...]:
+        """Return the classes of a row with this target, without one all classes: few-shot data draws rows of each."""
+        return ()
+
     # -- what is computed
 
     @property
@@ -187,13 +194,8 @@ class Kind(ABC):
     def head(self, backbone: nn.Module, style: str, dropout: float) -> nn.Module:
         """Return a new head that maps the backbone's states [N, L, H] to scores [N, C], or [N, L, C].
 
-        Args:
-            backbone: what it reads.
-            style: dense or linear.
-            dropout: in the head.
-
         Raises:
-            UsageError: an option is not allowed.
+            UsageError: the style is neither dense nor linear, or the dropout, which is the head's, is not allowed.
         """
         from peft_lightning.layers.heads import ClassificationHead
 

@@ -57,6 +57,10 @@ class Classify(Kind):
         numbers, names = f"0 to {self.num_outputs - 1}", ", ".join(self.task.labels)
         raise DataError(f"the label is {value!r}; allowed: {numbers}, or one of {names}")
 
+    def classes(self, target: Any = None) -> tuple[str, ...]:
+        """Return the name of the class ``target``, or all names."""
+        return self.task.labels if target is None else (self.task.labels[target],)
+
     def losses(self, outputs: Tensor, batch: Batch, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy times the weight of the label's class, and that weight."""
         labels_B = batch["labels"]

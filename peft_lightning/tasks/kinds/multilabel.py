@@ -59,6 +59,11 @@ class MultiLabel(Classify):
             target[super().target(item)] = 1
         return target
 
+    def classes(self, target: Any = None) -> tuple[str, ...]:
+        """Return the names of a row's classes, or all names."""
+        labels = self.task.labels
+        return labels if target is None else tuple(name for name, has in zip(labels, target, strict=True) if has)
+
     def encode(
         self,
         rows: Mapping[str, Sequence[Any]],

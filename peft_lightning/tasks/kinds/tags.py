@@ -89,6 +89,11 @@ class Tags(Kind):
         numbers = [self._number(tag) for tag in tags]
         return self._begun(numbers) if self.settings["scheme"] == "IOB1" else numbers
 
+    def classes(self, target: Any = None) -> tuple[str, ...]:
+        """Return the types of a sentence's entities, or all types."""
+        names = self.task.labels if target is None else [self.task.labels[number] for number in target]
+        return tuple(dict.fromkeys(name[2:] for name in names if name != _OUTSIDE))
+
     def _number(self, tag: Any) -> int:
         if isinstance(tag, str) and (tag in self._numbers or tag.isdecimal()):
             tag = self._numbers[tag] if tag in self._numbers else int(tag)

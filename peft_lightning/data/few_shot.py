@@ -1,0 +1,145 @@
+"""Few-shot data: K examples per class to train on, as many others to choose by, and the task's own split to report.
+
+The protocol is LM-BFF's (https://arxiv.org/abs/2012.15723, section 3): shots and dev shots are drawn from the training
+split, once per seed; validation reads the dev shots, and the task's evaluation split is read by ``test`` alone. MerA
+(``papers/mera.txt``, section 4) does not say whether its 10, 20 and 30 shots are counted per class or in all, and
+reports what it chose by: ``shots_mode`` does both, and nothing is chosen by what is reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from peft_lightning.data.cache import Encoded
+from peft_lightning.data.module import within
+from peft_lightning.data.shots import Pool, draw, read_pool, sample, select
+from peft_lightning.data.source import Source
+from peft_lightning.data.supervised import TaskDataModule
+from peft_lightning.errors import DataError, UsageError
+from peft_lightning.tasks.kinds.base import build_kind
+from peft_lightning.tasks.table import Task
+
+__all__ = ["FewShotDataModule"]
+
+_MODES = ("per_class", "total")
+
+
+class FewShotDataModule(TaskDataModule):
+    """Read few rows of a task; how they are drawn is in ``data/shots.py``.
+
+    A tag's class is its type of entity, a row of several labels counts for each. Answers that are spans, texts,
+    numbers or places among choices are no classes: their tasks get K rows in all, and :meth:`regime` says so.
+
+    A task with a prompt and demonstrations (``sst2+prompt-demo``) takes these from the shots; once the data is set up,
+    ``task`` holds them, so that a module made with that task can answer single texts too.
+
+    Args:
+        task: a name from the table, or the fields of a task.
+        shots: number K; there are as many dev shots.
+        shots_mode: per_class (K of each class) or total (K in all, as they come).
+        seeds: of the draws that an experiment repeats.
+        shot_seed: which of them is in use; the first if null.
+        test_rows: reads at most so many rows of the evaluation split, the same for all seeds; all if null.
+        options: those of :class:`TaskDataModule`.
+
+    Raises:
+        UsageError: an option has a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        task: str | Task,
+        shots: int = 10,
+        shots_mode: str = "per_class",
+        seeds: Sequence[int] = (13, 21, 42, 87, 100),
+        shot_seed: int | None = None,
+        test_rows: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(task, **options)
+        self.shots = within("shots", shots, 1)
+        if shots_mode not in _MODES:
+            raise UsageError(f"shots_mode is {shots_mode!r}; allowed: {', '.join(_MODES)}")
+        if not isinstance(seeds, list | tuple) or not seeds or len(set(seeds)) < len(seeds):
+            raise UsageError(f"seeds is {seeds!r}; allowed: a list of different whole numbers")
+        self.shots_mode = shots_mode
+        self.seeds = tuple(within("seeds", seed, 0) for seed in seeds)
+        self.test_rows = None if test_rows is None else within("test_rows", test_rows, 1)
+        self._pool: Pool | None = None
+        self.choose(self.seeds[0] if shot_seed is None else shot_seed)
+
+    def choose(self, seed: int) -> None:
+        """Go on with the draw of another seed.
+
+        Raises:
+            UsageError: it is none of ``seeds``.
+        """
+        if seed not in self.seeds:
+            raise UsageError(f"shot_seed is {seed!r}; allowed: one of seeds, {', '.join(map(str, self.seeds))}")
+        self.shot_seed = int(seed)
+        self._numbers: tuple[list[int], list[int]] | None = None
+        self._shown = False
+        # The evaluation split is the same for all seeds, unless it is read beside the shots.
+        stale = ("train", "validation", *(("test", "predict") if self._demonstrates else ()))
+        self._encoded = {key: data for key, data in self._encoded.items() if key[0] not in stale}
+
+    def numbers(self, stage: str) -> list[int]:
+        """Return which rows of the training split ``train`` or ``validation`` reads, in the order they are read.
+
+        Raises:
+            UsageError: the stage is another one.
+            DataError: the data cannot be used, or there are fewer rows than wanted.
+        """
+        if stage not in ("train", "validation"):
+            raise UsageError(f"stage is {stage!r}; allowed: train, validation, which read shots")
+        if self._numbers is None:
+            if self._pool is None:
+                self._pool = read_pool(super().source("train"), self.kind)
+            classes = self.kind.classes() if self.shots_mode == "per_class" else ()
+            self._numbers = draw(self._pool, self.shots, self.shot_seed, classes)
+        return self._numbers[stage == "validation"]
+
+    def regime(self) -> dict[str, Any]:
+        """Return what is drawn, and why so, as plain values for the record of a run."""
+        mode, reason = self.shots_mode, ""
+        if mode == "per_class" and not self.kind.classes():
+            mode, reason = "total", f"kind {self.task.kind} has no classes to draw {self.shots} rows of each"
+        counts = {stage: len(self.numbers(stage)) for stage in ("train", "validation")}
+        plain = {"shots": self.shots, "shots_mode": mode, "reason": reason, "seed": self.shot_seed, **counts}
+        return {**plain, "test_rows": self.test_rows}
+
+    def source(self, split: str) -> Source:
+        """Return the rows that a stage reads: shots and dev shots of the training split, or the task's own rows."""
+        if split in ("train", "validation"):
+            what = f"{self.shots} shots of seed {self.shot_seed}, {split}"
+            return select(super().source("train"), self.kind, self.numbers(split), what)
+        source = super().source(split)
+        if split != "test" or self.test_rows is None:
+            return source
+        rows = sample(read_pool(source, self.kind), self.test_rows)
+        return select(source, self.kind, rows, f"{len(rows)} rows")
+
+    def load(self, split: str) -> Encoded:
+        """Return the encoded rows of a stage; see :meth:`TaskDataModule.load`.
+
+        Raises:
+            DataError: also if there are fewer rows than wanted.
+        """
+        if self._demonstrates and not self._shown:
+            self._show()
+        return super().load(split)
+
+    @property
+    def _demonstrates(self) -> bool:
+        return self.kind.settings.get("demonstrate", "none") != "none"
+
+    def _show(self) -> None:
+        """Give the kind the shots, which it shows beside each text."""
+        rows = super().source("train"), self.kind, self.numbers("train")
+        shots = select(*rows, "shots to show").read()
+        if not isinstance(shots, list):
+            raise DataError("the shots are no list of rows")
+        self.task = dataclasses.replace(self.task, options={**self.task.options, "shots": [dict(row) for row in shots]})
+        self.kind, self._shown = build_kind(self.task), True
