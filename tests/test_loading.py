@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peft_lightning import SparseAdapterModule, load
-from peft_lightning.errors import CheckpointError, UsageError
+from peft_lightning.errors import CheckpointError, DataError, UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY
 from tests.toy import build, data, tiny, trainer
 
@@ -34,10 +34,12 @@ def test_predict_takes_pairs_rows_and_any_batch_size(file: Path) -> None:
     assert module.predict([]) == []
 
 
-@pytest.mark.parametrize("texts", ["one string", ["one text"], [("a", "b", "c")], [{"sentence1": "a"}], [(1, 2)]])
+@pytest.mark.parametrize("texts", ["one string", ["one text"], [("a", "b", "c")], [{"sentence1": "a"}], [3]])
 def test_predict_refuses_what_is_not_a_pair(file: Path, texts: Any) -> None:
     with pytest.raises(UsageError, match="texts"):
         load(file).predict(texts)
+    with pytest.raises(DataError, match=r"row 0, column 'sentence1': 1 is not a text"):
+        load(file).predict([(1, 2)])
 
 
 def test_another_backbone_is_refused(file: Path) -> None:

@@ -129,6 +129,13 @@ def test_a_slow_tokenizer_is_refused() -> None:
         encode({"tokens": [["cat"]], "tags": [[0]]}, tokenizer=slow)
 
 
+def test_a_tokenizer_that_cuts_at_the_left_is_refused() -> None:
+    left = toy_tokenizer()
+    left.truncation_side = "left"
+    with pytest.raises(UsageError, match="tokenizer cuts at the left; allowed for kind tags: at the right"):
+        encode({"tokens": [["cat"]], "tags": [[0]]}, tokenizer=left)
+
+
 def test_unlabelled_rows_need_no_tags_and_keep_their_names() -> None:
     task = Task(name="mine", **FIELDS, options={"id": "nr"})
     kind = build_kind(task)
