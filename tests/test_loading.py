@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from peft_lightning import SparseAdapterModule, load
+from peft_lightning import FineTuneModule, SparseAdapterModule, load
 from peft_lightning.errors import CheckpointError, DataError, UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY
+from tests.contract.kinds import TOYS, data_of, rows_of, writer
 from tests.toy import build, data, tiny, trainer
 
 
@@ -56,3 +59,25 @@ def test_a_file_does_not_choose_what_is_imported(file: Path, tmp_path: Path) -> 
     torch.save(content, tmp_path / "evil.ckpt")
     with pytest.raises(CheckpointError, match="the class .antigravity.Kind.; import antigravity first"):
         load(tmp_path / "evil.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "package", "message"),
+    [
+        ("tags", "seqeval", "package seqeval, which is not installed"),
+        ("generate", "rouge_score", "package rouge-score"),
+    ],
+)
+def test_a_missing_package_is_named(
+    kind: str, package: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = writer(0.1) if kind == "generate" else tiny()
+    module = build(FineTuneModule, task=TOYS[kind].task, backbone=backbone)
+    trainer(tmp_path, max_steps=1).fit(module, datamodule=data_of(kind, rows_of(kind, {"train": 8, "validation": 8})))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    for name in [name for name in sys.modules if name.partition(".")[0] == package] + [package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(CheckpointError, match=f"last.ckpt: .*{message}") as caught:
+        load(tmp_path / "last.ckpt")
+    assert "hyper-parameters" not in str(caught.value)
