@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import pytest
 import torch
@@ -51,7 +53,7 @@ def test_a_step_without_weight_has_loss_0(count: int, cache_dir: object) -> None
 
 
 def test_a_tensor_with_several_names_is_kept_once() -> None:
-    options = {"task": "toy_copy", "backbone": writer(0.1), "dropout": 0.0}
+    options: dict[str, Any] = {"task": "toy_copy", "backbone": writer(0.1), "dropout": 0.0}
     module, other = build(FineTuneModule, **options, seed=1), build(FineTuneModule, **options, seed=2)
     for each in (module, other):
         each.configure_model()
