@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import peft_lightning.methods  # noqa: F401  the methods must exist before their names can be looked up
-from peft_lightning.errors import CheckpointError
+from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.module import MethodModule
 
@@ -50,6 +50,8 @@ def load(path: str | Path, *, backbone: Any = None) -> Any:
     try:
         module = method(**values)
         module.on_load_checkpoint(content)
+    except UsageError as error:  # says by itself what is wrong, such as a package that is missing here
+        raise CheckpointError(f"{path}: {error}") from None
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: its hyper-parameters do not fit the method ({error})") from None
     module.load_state_dict(content["state_dict"], strict=False)

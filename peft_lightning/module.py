@@ -117,13 +117,17 @@ class MethodModule(L.LightningModule, ABC):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def owned_state(self) -> dict[str, Tensor]:
-        """Name -> tensor of all parameters and persistent buffers of the declared submodules."""
+        """Name -> tensor of all parameters and persistent buffers of the declared submodules.
+
+        Of one tensor with several names, as BART's embeddings, the first name.
+        """
         names = {module: name for name, module in self.named_modules()}
-        state: dict[str, Tensor] = {}
+        found: dict[int, tuple[str, Tensor]] = {}
         for module in self.declared():
             prefix = f"{names[module]}." if names[module] else ""
-            state |= {prefix + name: tensor for name, tensor in module.state_dict().items()}
-        return state
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                found.setdefault(id(tensor), (prefix + name, tensor.detach()))
+        return dict(found.values())
 
     # -- optimisation ----------------------------------------------------------------------------------------
 
@@ -157,7 +161,7 @@ class MethodModule(L.LightningModule, ABC):
         """Loss of a micro-batch from its sum and its weight, such that gradients equal those of one large batch.
 
         The weight of an optimizer step is known at its end only. Until then its first micro-batch's stands in for
-        all; :meth:`on_before_optimizer_step` corrects the gradients.
+        all, or 1 where it is 0; :meth:`on_before_optimizer_step` corrects the gradients. The loss of no weight is 0.
 
         Args:
             total: sum of the losses of this rank's rows, a scalar.
@@ -168,7 +172,7 @@ class MethodModule(L.LightningModule, ABC):
         weight = weight.detach() * world if alike else self.summed(weight.detach().clone())
         self._totals.append(total.detach() * world)
         self._weights.append(weight)
-        return total * world / self._weights[0].clamp_min(torch.finfo(torch.float32).tiny)
+        return total * world / _or_one(self._weights[0])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide by the weight of the whole step (before gradients are clipped), and log its loss.
@@ -182,7 +186,7 @@ class MethodModule(L.LightningModule, ABC):
         self._totals, self._weights = [], []
         group = self.trainer.accumulate_grad_batches
         if group > 1:  # Lightning has divided by it
-            factor = weights[0] * group / weights.sum()
+            factor = _or_one(weights[0]) * group / _or_one(weights.sum())
             for parameter in self.trainable_parameters().values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor.to(parameter.grad.dtype))
@@ -190,7 +194,7 @@ class MethodModule(L.LightningModule, ABC):
         every: int = getattr(self.trainer, "log_every_n_steps", 0)
         due, skips = bool(every) and step % every == 0, self.optim.non_finite == "skip"
         if due or skips or self.device.type == "cpu":  # elsewhere looking at a number makes the device wait
-            loss = float(self.trainer.strategy.reduce(totals.sum() / weights.sum(), reduce_op="mean"))
+            loss = float(self.trainer.strategy.reduce(totals.sum() / _or_one(weights.sum()), reduce_op="mean"))
             if not math.isfinite(loss):
                 self._refuse_step(loss, step, optimizer)
                 return
@@ -289,3 +293,8 @@ class MethodModule(L.LightningModule, ABC):
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         recorded = checkpoint.get(MANIFEST_KEY, {}).get("hyper_parameters", {})
         check_settings(recorded, self.hparams, [key for key in self.fixed_by_file if fitting or key != "optim"])
+
+
+def _or_one(weight: Tensor) -> Tensor:
+    """``weight``, or 1 where it is 0."""
+    return torch.where(weight == 0, torch.ones_like(weight), weight)

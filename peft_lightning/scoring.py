@@ -82,7 +82,9 @@ def teach_head(module: TaskModule, batches: Sequence[Mapping[str, Any]], steps: 
     """
     parameters = dict(module.head.named_parameters())
     if not parameters:
-        raise UsageError(f"{option} = {steps}: a task of kind {module.task.kind} has no head of its own to teach")
+        raise UsageError(
+            f"{option} = {steps}: a task of kind {module.task.kind} has no head of its own to teach; allowed: 0"
+        )
     with torch.no_grad():
         read = [(module.states(module.inputs(batch)), batch) for batch in batches]
 

@@ -70,6 +70,8 @@ class TaskModule(MethodModule):
         if class_weights is not None and (len(class_weights) != classes or not all(w > 0 for w in class_weights)):
             raise UsageError(
                 f"class_weights = {list(class_weights)}: must be {classes} numbers above 0, one per class of the task"
+                if classes
+                else f"class_weights = {list(class_weights)}: must be null, for the task has no classes"
             )
         weights_C = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.class_weights: Tensor | None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from peft_lightning import load_pruned
 from peft_lightning.backbones.build import BackboneConfig, build_backbone
@@ -21,7 +22,8 @@ from peft_lightning.backbones.toy import toy_tokenizer
 from peft_lightning.cli.main import main
 from peft_lightning.data.toy import toy_rows
 from peft_lightning.tasks import kinds
-from peft_lightning.tasks.table import TASKS
+from peft_lightning.tasks.kinds.base import build_kind
+from peft_lightning.tasks.table import TASKS, get_task
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -122,6 +124,12 @@ def test_commands_of_the_readme_run(workplace: Path) -> None:
     assert len((workplace / "runs" / "first" / "predictions.jsonl").read_text().splitlines()) > 0
     assert (workplace / "runs" / "reviews" / "report.json").is_file()
     assert (workplace / "probed" / "probe.png").is_file()
+    assert json.loads((workplace / "runs" / "copy" / "report.json").read_text())["scores"]["rougeL"] > 0.95
+    (block,) = (block for block in _blocks(DOCUMENTS[0], "python") if "runs/span" in block)
+    names: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    (answer,) = names["found"]
+    assert answer["answer"] in "the red dog sleeps is big is not good"
     peft = pytest.importorskip("peft")
     peft.PeftModel.from_pretrained(load_pruned("pruned_lora"), "pruned_lora")
 
@@ -143,7 +151,7 @@ def _write_reviews(folder: Path) -> None:
     rows = "review,label\n" + "".join(f"it was a {word} film,{word}\n" for word in ["bad", "good"] * 8)
     for split in ("train", "validation"):
         (folder / "my_reviews" / f"{split}.csv").write_text(rows)
-    (block,) = _blocks(DOCUMENTS[0], "yaml")
+    (block,) = (block for block in _blocks(DOCUMENTS[0], "yaml") if "name: reviews" in block)
     (folder / "reviews.yaml").write_text(block)
 
 
@@ -158,7 +166,7 @@ def _write_texts(folder: Path) -> None:
 
 
 def test_python_of_the_readme_runs(workplace: Path) -> None:
-    blocks = _blocks(DOCUMENTS[0], "python")
+    blocks = [block for block in _blocks(DOCUMENTS[0], "python") if "runs/span" not in block]
     assert len(blocks) == 2
     for block in blocks:
         names: dict[str, Any] = {}
@@ -201,7 +209,8 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_the_readme_names_every_kind_and_task() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", DOCUMENTS[0].read_text(), re.MULTILINE)
+    text = DOCUMENTS[0].read_text()
+    rows = re.findall(r"^\| \[`(\w+)`\]\(peft_lightning/tasks/kinds/\1.py\) \|.*\| ([^|]*) \|$", text, re.MULTILINE)
     shown = {kind: set(re.findall(r"`(\w+)`", names)) for kind, names in rows}
     known: dict[str, set[str]] = {info.name: set() for info in pkgutil.iter_modules(kinds.__path__)}
     for task in TASKS.values():
@@ -209,3 +218,22 @@ def test_the_readme_names_every_kind_and_task() -> None:
             known[task.kind].add(task.name)
     del known["base"]
     assert {kind: shown.get(kind) for kind in known} == known
+    toys = {name for name in TASKS if name.startswith("toy_")}
+    assert toys == set(
+        re.findall(r"`(toy_\w+)`", text.partition("The other tasks that need no files")[2].partition("\n\n")[0])
+    )
+
+
+def test_the_tasks_of_the_readme_are_tasks() -> None:
+    (block,) = (block for block in _blocks(DOCUMENTS[0], "yaml") if "kind: span" in block)
+    built = [build_kind(get_task(part["task"])) for part in yaml.safe_load_all(block)]
+    assert all(kind.metrics() for kind in built)
+    shown = {kind.task.kind for kind in built}
+    assert shown == {"span", "tags", "choice", "multilabel", "generate", "grouped", "marked"}
+
+
+def test_the_metrics_of_every_kind_are_named() -> None:
+    rows = dict(re.findall(r"^\| \[`(\w+)`\]\([^)]*\) \|[^|]*\|([^|]*)\|", DOCUMENTS[0].read_text(), re.MULTILINE))
+    for task in TASKS.values():
+        named = rows[task.kind] + (rows["classify"] if "those of `classify`" in rows[task.kind] else "")
+        assert set(task.metrics) <= set(re.findall(r"`(\w+)`", named)), task.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +115,15 @@ class Report(L.Callback):
         scores = {
             key.removeprefix(f"{stage}/"): float(value) for key, value in known.items() if key.startswith(f"{stage}/")
         }
+        limit = _limit(trainer, stage)
+        whole = bool(scores) and not limit
         speed = next((c.totals for c in callbacks if isinstance(c, Throughput) and c.totals), None)
         report = {
             **module.summary(),
             "stage": split,
-            **(self._task_part(trainer, module, split) if isinstance(module, TaskModule) else {}),
+            **({"no_validation": _no_validation(trainer)} if fitting and not scores else {}),
+            **({"limit": limit} if limit and scores else {}),
+            **(self._task_part(trainer, module, split, whole) if isinstance(module, TaskModule) else {}),
             **({"best_score": best.best_score, "best_step": best.best_step} if best else {}),
             "scores": scores,
             **({"steps": trainer.global_step, "skipped_steps": module.skipped_steps} if fitting else {}),
@@ -131,12 +136,13 @@ class Report(L.Callback):
         atomic_write(self.folder / name, lambda file: file.write(text.encode()))
         Console(soft_wrap=True, markup=False, highlight=False).print(_table(report, module))
 
-    def _task_part(self, trainer: L.Trainer, module: TaskModule, split: str) -> dict[str, Any]:
+    def _task_part(self, trainer: L.Trainer, module: TaskModule, split: str, whole: bool) -> dict[str, Any]:
+        """The split, and the trivial answer's scores of it if it was read as a whole."""
         data_task = getattr(getattr(trainer, "datamodule", None), "task", module.task)
         return {
             "split": data_task.splits[split],
             "constant": module.kind.trivial,
-            "majority": self._majority(trainer, module, split),
+            "majority": self._majority(trainer, module, split) if whole else {},
         }
 
     @staticmethod
@@ -157,6 +163,23 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _limit(trainer: L.Trainer, stage: str) -> str:
+    """The trainer's option that left batches of a split out, with its value; empty if it was read as a whole."""
+    option = f"limit_{stage}_batches"
+    value = getattr(trainer, option)
+    loader = trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders
+    count = len(loader) if isinstance(loader, Sized) else math.inf  # unknown where a run was finished before
+    whole = value == 1.0 if isinstance(value, float) else value >= count
+    return "" if whole else f"trainer.{option} {value}"
+
+
+def _no_validation(trainer: L.Trainer) -> str:
+    """Why a fit has no scores."""
+    if not trainer.enable_validation:
+        return "no data for it, or trainer.limit_val_batches 0"
+    return "the run ended before trainer.val_check_interval"
+
+
 def _table(report: dict[str, Any], module: MethodModule) -> Table:
     table = Table(show_header=False, title=f"{report['method']} on {report.get('task', 'text')}")
     if isinstance(module, TaskModule):
@@ -165,6 +188,8 @@ def _table(report: dict[str, Any], module: MethodModule) -> Table:
     else:
         _text_rows(table, report)
         shown = str(getattr(module, "monitor", "")).rpartition("/")[2]
+    if "no_validation" in report:
+        table.add_row("validation", f"none: {report['no_validation']}")
     if report.get("best_step", -1) >= 0:
         table.add_row(f"best {shown}", f"{report['best_score']:.4f} at step {report['best_step']:,} (best.ckpt)")
     if "steps" in report:
@@ -220,4 +245,5 @@ def _task_rows(table: Table, report: dict[str, Any], module: TaskModule) -> None
                 report["stage"] if report["stage"] == report["split"] else f"{report['stage']} (on {report['split']})"
             )
             note = "" if beside is None else f"   ({report['constant']}: {beside:.4f})"
+            note = f"   ({report['limit']})" if "limit" in report else note
             table.add_row(f"{name} {metric}", f"{report['scores'][metric]:.4f}{note}")

@@ -90,8 +90,8 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _parse_problem(text: str) -> str:
     """The parser explains every type that it tried, over many lines; keep the lines that say what is wrong."""
-    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
-    lines = [line.strip() for line in text.splitlines() if not line.strip().startswith(noise)]
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+    lines = [line.strip() for line in text.splitlines() if not line.strip().removeprefix("- ").startswith(noise)]
     telling = [line for line in lines if not line.startswith("- Expected a <class")]
     if all(line.startswith("Parser key") for line in telling):
         telling = lines + [line.strip() for line in text.splitlines() if line.strip().startswith("Given value:")]
@@ -102,6 +102,9 @@ def _parse_problem(text: str) -> str:
         message += "; give a configuration, as in: peft-lightning fit --config configs/sparse_adapter.yaml"
     if "Got value: True" in message or "Got value: False" in message:
         message += "; in YAML, put quotes around words such as yes, no, true and false"
+    if message.startswith("backbone: give either"):
+        message += "; null for the one that a configuration names, as in: --model.backbone.name null"
+        message += " --model.backbone.config '{model_type: bert}' --model.backbone.tokenizer toy"
     if 'option "model"' in message and ("dot import path" in message or "correspond to a subclass" in message):
         import peft_lightning.methods as methods
 

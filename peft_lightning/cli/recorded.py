@@ -1,8 +1,9 @@
-"""What a checkpoint records of model and data, put before the user's own options."""
+"""The words of a command before the parser reads them: what a checkpoint records goes before the user's own options."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 
 import yaml
@@ -11,7 +12,7 @@ from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.loading import kind_of, method_class, refuse_new_code
 
-__all__ = ["option", "refuse_linked", "require_checkpoint", "with_recorded_settings"]
+__all__ = ["joined", "option", "refuse_linked", "require_checkpoint", "with_recorded_settings"]
 
 LINKED = ("task", "seed", "max_length")  # options of the model that follow others
 # option that follows -> option that it follows
@@ -71,6 +72,34 @@ def option(words: list[str], name: str) -> str | None:
         if word.startswith(f"{name}="):
             return word.partition("=")[2]
     return None
+
+
+def joined(words: list[str]) -> list[str]:
+    """The words, with ``--model.backbone.name`` and ``--model.backbone.config`` in one option if one of them is null.
+
+    The parser checks each option as it comes, and of a name and a configuration a backbone has one only.
+    """
+    flags = {f"--model.{part}backbone.{key}": key for part in ("", "init_args.") for key in ("name", "config")}
+    found: dict[str, str] = {}
+    rest: list[str] = []
+    place, position = 0, 0
+    while position < len(words):
+        flag, given, value = words[position].partition("=")
+        position += 1
+        if flag not in flags or (not given and position == len(words)):
+            rest.append(words[position - 1])
+            continue
+        if not given:
+            value, position = words[position], position + 1
+        found[flags[flag]], place = value, len(rest)
+    nulls = [key for key, value in found.items() if value in ("null", "~")]
+    mapping = found.get("config", "null").strip().startswith(("{", "null", "~"))
+    if not nulls or not mapping or found.keys() == {"config"}:
+        return words
+    if "name" not in nulls:
+        found["name"] = json.dumps(found["name"])  # a path may have what YAML takes for something else
+    both = ", ".join(f"{key}: {value}" for key, value in found.items())
+    return [*rest[:place], f"--model.backbone={{{both}}}", *rest[place:]]
 
 
 def require_checkpoint(words: list[str]) -> None:

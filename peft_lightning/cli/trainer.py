@@ -28,7 +28,7 @@ from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.callbacks.progress import ProgressLine
 from peft_lightning.callbacks.report import Report
 from peft_lightning.callbacks.throughput import Throughput
-from peft_lightning.cli.recorded import option, refuse_linked, require_checkpoint, with_recorded_settings
+from peft_lightning.cli.recorded import joined, option, refuse_linked, require_checkpoint, with_recorded_settings
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.files.strict import check_settings
@@ -240,7 +240,7 @@ def run(words: list[str]) -> None:
     require_checkpoint(words)
     refuse_linked(words)
     with tempfile.TemporaryDirectory() as folder:
-        words = with_recorded_settings(words, Path(folder))
+        words = joined(with_recorded_settings(words, Path(folder)))
         parser_options = {"exit_on_error": False}
         sys.argv[1:] = words  # what further local processes (DDP) are started with
         TrainerCLI(

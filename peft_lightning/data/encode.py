@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,39 +66,36 @@ def _encode(
     first_row = 0
     for rows in source.slices(kind.columns(options["labelled"]), _SLICE, kind.task.also):
         count = len(next(iter(rows.values())))
-        keep = _labelled(rows, kind.task) if options["labelled"] else [True] * count
-        if any(keep):
+        for start, end in _labelled(rows, kind.task, count) if options["labelled"] else [(0, count)]:
+            part = {name: values[start:end] for name, values in rows.items()}
             try:
-                columns = kind.encode(rows, tokenizer, **options, first_row=first_row)
+                columns = kind.encode(part, tokenizer, **options, first_row=first_row + start)
             except DataError as error:
                 raise DataError(f"{source.name}: {error}") from error
-            _collect(parts, columns, keep, f"{source.name}: row", first_row)
+            _collect(parts, columns, f"{source.name}: row", first_row + start)
         first_row += count
     if not parts:
         raise DataError(f"{source.name}: has no row with a label; allowed: at least one")
     return pa.RecordBatch.from_pydict({name: pa.concat_arrays(arrays) for name, arrays in parts.items()})
 
 
-def _labelled(rows: dict[str, list[Any]], task: Task) -> list[bool]:
-    """Whether each row has a label; those that have none get another row's, with which they can be encoded."""
-    keep = [str(label) not in task.unlabelled for label in rows[task.label]]
-    spare = next((label for label, kept in zip(rows[task.label], keep, strict=True) if kept), None)
-    rows[task.label] = [label if kept else spare for label, kept in zip(rows[task.label], keep, strict=True)]
-    return keep
+def _labelled(rows: Mapping[str, Sequence[Any]], task: Task, count: int) -> list[tuple[int, int]]:
+    """Where each run of rows with a label begins and ends."""
+    if not task.unlabelled:
+        return [(0, count)]
+    without = [-1, *(row for row, label in enumerate(rows[task.label]) if str(label) in task.unlabelled), count]
+    return [(before + 1, after) for before, after in pairwise(without) if after > before + 1]
 
 
-def _collect(
-    parts: dict[str, list[pa.Array]], columns: Mapping[str, Sequence[Any]], keep: list[bool], what: str, first_row: int
-) -> None:
-    """Add the encoded rows to keep."""
+def _collect(parts: dict[str, list[pa.Array]], columns: Mapping[str, Sequence[Any]], what: str, first_row: int) -> None:
+    """Add encoded rows."""
     import pyarrow as pa
 
     for number, tokens in enumerate(columns["input_ids"], first_row):
         if not len(tokens):
             raise DataError(f"{what} {number} has no tokens; allowed: at least one")
     for name, values in columns.items():
-        kept = [value for value, wanted in zip(values, keep, strict=True) if wanted]
-        parts.setdefault(name, []).append(pa.array(kept, _arrow_type(kept[0])))
+        parts.setdefault(name, []).append(pa.array(list(values), _arrow_type(values[0])))
 
 
 def _arrow_type(value: Any) -> pa.DataType:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,7 +221,15 @@ def _read_json(path: Path, strings: tuple[str, ...]) -> _Rows:
         rows = [json.loads(line) for line in content.split("\n") if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("not every row is an object")
+    for number, row in enumerate(rows) if _HALF.search(content) else ():
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"row {number} has half of a character (a lone surrogate)") from None
     return rows
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 _READERS: dict[str, Callable[[Path, tuple[str, ...]], _Rows]] = {

@@ -45,7 +45,7 @@ class TaskDataModule(SplitDataModule):
         root: a folder that holds the task's folder, or its files.
         rows: from Python, a list of dicts or a ``datasets.Dataset`` per split; comes before ``root``.
         splits: from a stage (train, validation, test, predict) to the split it reads, where not the task's own.
-        batch_size: rows per batch and rank in training.
+        batch_size: rows per batch and rank in training; a row may be several sequences, such as windows or choices.
         eval_batch_size: the same in validate, test and predict; ``batch_size`` if null.
         max_length: number of tokens to which a text or a pair is cut.
         seed: seeds the order of training.

@@ -89,24 +89,42 @@ def rows_of(texts: Any, parts: Sequence[str], columns: Sequence[str]) -> list[Ma
     """Return rows, of what a person gives to have answered.
 
     Args:
-        texts: a list of texts, of as many texts as there are ``parts``, or of rows as mappings.
+        texts: a list of texts (or of lists of words), of as many texts as there are ``parts``, or of rows as mappings.
         parts: the columns that texts stand for.
         columns: those that a row must have.
 
     Raises:
         UsageError: a row does not have them.
     """
-    if isinstance(texts, str):
-        raise UsageError("texts: give a list of texts, not one string")
-    rows: list[Mapping[str, Any]] = []
+    if isinstance(texts, str | Mapping):
+        raise UsageError(f"texts: give a list, not one {'text' if isinstance(texts, str) else 'row'}")
+    rows = []
     for number, text in enumerate(texts):
-        given = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, Sequence) else ()
-        fits = len(given) == len(parts)
-        row = text if isinstance(text, Mapping) else dict(zip(parts, given, strict=True)) if fits else {}
-        if any(row.get(name) is None for name in columns):
-            raise UsageError(f"texts[{number}]: must be {len(columns)} text(s): {', '.join(columns)}")
-        rows.append(row)
+        row = _row_of(text, parts)
+        if missing := [name for name in columns if row is None or row.get(name) is None]:
+            given = f"has no {missing[0]!r}" if row is not None else f"is a {type(text).__name__}"
+            many = len(parts) == len(columns) > 1
+            form = (
+                f"{len(parts)} texts or a mapping"
+                if many
+                else "a mapping"
+                if len(columns) > 1
+                else "a text or a mapping"
+            )
+            raise UsageError(f"texts[{number}] {given}; allowed: {form} with {', '.join(columns)}")
+        rows.append(row or {})
     return rows
+
+
+def _row_of(text: Any, parts: Sequence[str]) -> Mapping[str, Any] | None:
+    """What a person gave as a row, or None where it is no row at all."""
+    if isinstance(text, Mapping):
+        return text
+    if len(parts) == 1 and isinstance(text, Sequence):
+        return {parts[0]: text if isinstance(text, str) or len(text) != 1 else text[0]}
+    if isinstance(text, Sequence) and not isinstance(text, str) and len(text) == len(parts):
+        return dict(zip(parts, text, strict=True))
+    return None
 
 
 def chosen(values: Any, keep_B: Tensor) -> Any:

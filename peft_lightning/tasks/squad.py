@@ -10,18 +10,23 @@ Sources: https://arxiv.org/abs/1606.05250, https://arxiv.org/abs/1806.03822.
 
 from __future__ import annotations
 
+import json
+import logging
+import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 from torchmetrics import MetricCollection
 
 from peft_lightning.tasks.metrics import MeanScore, collect
 
-__all__ = ["SpanMetric", "build_span_metrics"]
+__all__ = ["SpanMetric", "build_span_metrics", "squad_files"]
 
+_log = logging.getLogger(__name__)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -93,3 +98,25 @@ def build_span_metrics(names: Sequence[str], unanswerable: bool) -> MetricCollec
         metrics["has_answer_f1"] = SpanMetric(_f1, unanswerable, answered=True)
         metrics["no_answer_accuracy"] = SpanMetric(_exact_match, unanswerable, answered=False)
     return collect(names, metrics, f"questions that {'may have no' if unanswerable else 'have an'} answer")
+
+
+def squad_files(answers: Sequence[Mapping[str, Any]], unanswerable: bool) -> dict[str, str]:
+    """Return ``predictions.json``, and ``na_prob.json`` of version 2.0, as the official scripts read them.
+
+    Nothing, and a warning, where not every answer has an ``id`` of its own.
+    """
+    names = [answer.get("id") for answer in answers]
+    if not all(isinstance(name, str | int) for name in names) or len(set(names)) < len(names):
+        _log.warning("no predictions.json for SQuAD's script: not every question has an id of its own")
+        return {}
+    tables = {"predictions.json": {answer["id"]: answer["answer"] for answer in answers}}
+    if unanswerable:
+        tables["na_prob.json"] = {answer["id"]: _no_answer(answer) for answer in answers}
+    return {name: json.dumps(table, indent=1) for name, table in tables.items()}
+
+
+def _no_answer(answer: Mapping[str, Any]) -> float:
+    """The probability of no answer, of the two: no answer and the best span."""
+    if answer["score"] is None:
+        return 1.0
+    return 0.5 + 0.5 * math.tanh((answer["no_answer_score"] - answer["score"]) / 2)

@@ -66,7 +66,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
     ),
     "two backbones": (
         ["--model.init_args.backbone.name", "/no/such/model"],
-        "backbone: give either name .* or config",
+        r"error: backbone: give either name .* or config .*; null for the one that a configuration names",
     ),
     "tokenizer": (
         ["--model.init_args.backbone.tokenizer", "/no/such/tokenizer"],

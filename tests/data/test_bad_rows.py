@@ -65,7 +65,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
 
 def _load(folder: Path, task: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    options = {"tokenizer": "toy", "root": str(folder), "cache_dir": str(folder / "cache")}
+    options: dict[str, Any] = {"tokenizer": "toy", "root": str(folder), "cache_dir": str(folder / "cache")}
     TaskDataModule(task=Task(name="mine", **task), **options).load("train")
 
 

@@ -71,6 +71,15 @@ def test_csv_may_hold_line_ends_and_texts_that_look_like_numbers(tmp_path: Path)
     assert [row["text"] for row in read(root=tmp_path)] == ["12", "007"]
 
 
+def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    for pair in ("\\ud83d\\ude00", "\\\\ud83d"):  # a whole one, and the escape itself as a text
+        (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "' + pair + '", "label": 1}\n')
+        assert len(read(root=tmp_path)) == 2
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "\\ud83d", "label": 1}\n')
+    with pytest.raises(DataError, match=r"train.jsonl: cannot be read: row 1 has half of a character"):
+        read(root=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("fields", "header", "row", "read"),
     [
@@ -88,6 +97,12 @@ def test_csv_may_hold_line_ends_and_texts_that_look_like_numbers(tmp_path: Path)
             ["12", 0, "12", "1"],
         ),
         ({"kind": "generate"}, "text,label", "007,42", ["007", "42"]),
+        (
+            {"kind": "choice", "options": {"choices": ["a", "b"], "names": ["1", "2"]}},
+            "text,a,b,label",
+            "1,2,3,1",
+            ["1", "2", "3", "1"],
+        ),
     ],
 )
 def test_texts_of_every_kind_may_look_like_numbers(

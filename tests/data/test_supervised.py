@@ -424,6 +424,15 @@ def test_rows_without_a_label_are_left_out(cache_dir: Path) -> None:
         module(task, rows={"train": [*rows[:3], {"text": "a", "label": 7}]}).labels("train")
 
 
+def test_rows_without_tags_are_left_out_whatever_their_length(cache_dir: Path) -> None:
+    task = Task(kind="tags", text=("words",), labels=("O", "B-A"), metrics=("f1",), unlabelled=("None",))
+    words = (["the", "cat"], ["dog"], ["a", "red", "fish"])
+    rows = [{"words": part, "label": tags} for part, tags in zip(words, ([0, 1], None, [0, 0, 1]), strict=True)]
+    assert module(task, rows={"train": rows}).labels("train").shape == (2, 5)  # with [CLS] and [SEP]
+    with pytest.raises(DataError, match="row 2, column 'label': 1 tags for 3 words"):
+        module(task, rows={"train": [*rows[:2], {**rows[2], "label": [0]}]}).labels("train")
+
+
 # -- speed and real data
 
 

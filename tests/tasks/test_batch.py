@@ -75,8 +75,20 @@ def test_what_people_ask() -> None:
     rows = rows_of(asked, pair, pair)
     assert [[row[name] for name in pair] for row in rows] == [["a", "b"], ["c", "d"]]
     assert rows_of(["a"], ("text",), ("text",)) == [{"text": "a"}]
-    for wrong in ("a", ("a", "b", "c"), {"one": "a"}, 3, None):
-        with pytest.raises(UsageError, match=r"texts\[0\]: must be 2 text\(s\): one, two"):
-            rows_of([wrong], pair, pair)
-    with pytest.raises(UsageError, match="give a list of texts, not one string"):
-        rows_of("a", pair, pair)
+    assert rows_of([["a"], ["a", "b"]], ("text",), ("text",)) == [{"text": "a"}, {"text": ["a", "b"]}]
+    two = r"allowed: 2 texts or a mapping with one, two$"
+    for wrong, said in (
+        ("a", "is a str"),
+        (("a", "b", "c"), "is a tuple"),
+        (3, "is a int"),
+        ({"one": "a"}, "has no 'two'"),
+    ):
+        with pytest.raises(UsageError, match=rf"^texts\[1\] {said}; {two}"):
+            rows_of([("a", "b"), wrong], pair, pair)
+    with pytest.raises(UsageError, match=r"^texts\[0\] has no 'choices'; allowed: a mapping with question, choices$"):
+        rows_of(["a"], ("question",), ("question", "choices"))
+    with pytest.raises(UsageError, match=r"^texts\[0\] is a NoneType; allowed: a text or a mapping with text$"):
+        rows_of([None], ("text",), ("text",))
+    for lone, what in (("a", "text"), ({"one": "a"}, "row")):
+        with pytest.raises(UsageError, match=f"give a list, not one {what}"):
+            rows_of(lone, pair, pair)

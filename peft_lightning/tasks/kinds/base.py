@@ -162,9 +162,12 @@ class Kind(ABC):
 
     @staticmethod
     def records(columns: Mapping[str, Sequence[Any]]) -> list[str]:
-        """Return ``reference`` of columns with a value a row; what JSON does not know is written as text."""
-        rows = zip(*columns.values(), strict=True)
-        return [json.dumps(dict(zip(columns, row, strict=True)), default=str) for row in rows]
+        """Return ``reference`` of columns with a value a row, without those that are none.
+
+        What JSON does not know is written as text.
+        """
+        rows = (zip(columns, values, strict=True) for values in zip(*columns.values(), strict=True))
+        return [json.dumps({name: value for name, value in row if value is not None}, default=str) for row in rows]
 
     def targets_of(self, rows: Mapping[str, Sequence[Any]], first_row: int) -> list[int | float | list[int]]:
         """Return the labels of rows.

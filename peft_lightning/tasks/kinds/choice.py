@@ -84,7 +84,7 @@ class Choice(Kind):
 
     def strings(self) -> tuple[str, ...]:
         """Return the columns of the context and of the choices."""
-        return (*super().strings(), *self._columns)
+        return (*super().strings(), *self._columns, *([self.task.label] if self._names else []))
 
     def required(self) -> tuple[str, ...]:
         """Return the columns of the context and of the first two choices."""
@@ -155,10 +155,8 @@ class Choice(Kind):
                 raise DataError(f"{where}: {given!r} is not a list of texts")
             if len(given) < 2:
                 raise DataError(f"row {number} has {len(given)} choice(s); allowed: two or more")
-            if called is not None and len(called) != len(given):
-                raise DataError(f"row {number} has {len(given)} choices with {len(called)} labels; allowed: as many")
             texts.append(list(given))
-            names.append(self._names if called is None else [str(name) for name in called])
+            names.append(self._names if called is None else _called(called, len(given), number))
         return texts, names
 
     def _filled(
@@ -185,7 +183,9 @@ class Choice(Kind):
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
             if label >= counts[row]:
-                raise DataError(f"{where}: the label is {value!r}; allowed for {counts[row]} choices: the last at most")
+                raise DataError(
+                    f"{where}: the label is {value!r}; allowed for {counts[row]} choices: 0 to {counts[row] - 1}"
+                )
             labels.append(label)
         return labels
 
@@ -243,8 +243,8 @@ class Choice(Kind):
 
 
 def _present(values: Sequence[Any]) -> Sequence[Any]:
-    """``values`` without the last ones that are missing."""
-    count = max((place for place, value in enumerate(values, 1) if value is not None), default=0)
+    """``values`` without the last ones that are missing, or empty as such a cell of CSV is."""
+    count = max((place for place, value in enumerate(values, 1) if value not in (None, "")), default=0)
     return values[:count]
 
 
@@ -255,6 +255,17 @@ def _parts(value: Any) -> tuple[Any, Any]:
     if isinstance(value, list) and value and all(isinstance(choice, Mapping) for choice in value):
         return [choice.get("text") for choice in value], [choice.get("label") for choice in value]
     return value, None
+
+
+def _called(names: Any, count: int, number: int) -> list[str]:
+    """The names of a row's choices, as texts."""
+    if not isinstance(names, list | tuple) or len(names) != count:
+        found = len(names) if isinstance(names, list | tuple) else repr(names)
+        raise DataError(f"row {number} has {count} choices with {found} labels; allowed: as many")
+    texts = [str(name) for name in names]
+    if len(set(texts)) < count:
+        raise DataError(f"row {number} has choices labelled {', '.join(texts)}; allowed: different labels")
+    return texts
 
 
 def _place(value: Any, names: Sequence[str]) -> int:

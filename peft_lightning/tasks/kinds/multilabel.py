@@ -51,12 +51,19 @@ class MultiLabel(Classify):
         """Return for each class whether the list ``value`` holds it: 1 or 0."""
         if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
             names = ", ".join(self.task.labels)
-            raise DataError(f"the label is {value!r}; allowed: a list of any of {names}, or of their numbers")
+            given = f"the label is {value!r}; CSV has no lists" if isinstance(value, str) else f"the label is {value!r}"
+            raise DataError(f"{given}; allowed: a list of any of {names}, or of their numbers")
         target = [0] * self.num_outputs
         for item in value:
             if isinstance(item, bool):
                 raise DataError(f"the label is {value!r}; allowed: names or numbers of classes, not true or false")
-            target[super().target(item)] = 1
+            number = super().target(item)
+            if target[number]:
+                raise DataError(
+                    f"the label is {value!r}, which has class {self.task.labels[number]} twice; "
+                    "allowed: each class once, by name or number (not a 0 or 1 for each class)"
+                )
+            target[number] = 1
         return target
 
     def classes(self, target: Any = None) -> tuple[str, ...]:

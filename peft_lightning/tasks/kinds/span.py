@@ -9,7 +9,6 @@ Shapes: N windows of a batch's B rows, L tokens of a window, K spans of a row.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SENTENCE = re.compile(r".+?[.!?](?=\s|$)", re.DOTALL)
-_FORM = '{"text": [texts], "answer_start": [the place of each in the context]}'
+_FORM = '{"text": [texts], "answer_start": [the place of each in the context]} (CSV has none: use JSON Lines)'
 
 
 class Span(Kind):
@@ -70,7 +69,7 @@ class Span(Kind):
     }
     per_token = True
     style = "linear"
-    trivial = "no answer where there may be none, else the first sentence of the context"
+    trivial = "no answer, or the first sentence"
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -82,10 +81,9 @@ class Span(Kind):
             raise UsageError(f"task.labels is {list(task.labels)}; allowed for kind span: none")
         least = {"stride": 0, "max_question": 1, "max_answer": 1, "window": 0, "best": 1}
         for name, value in self.settings.items():
-            if name == "stride" and value is None:
-                continue
             if name in least:
                 fits, allowed = type(value) is int and value >= least[name], f"a whole number, {least[name]} or more"
+                fits = fits or (name == "stride" and value is None)
             elif name == "id":
                 fits, allowed = isinstance(value, str), "the name of a column, or nothing"
             elif name == "unanswerable":
@@ -155,11 +153,15 @@ class Span(Kind):
         size, stride = min(max_length, self.settings["window"] or max_length), self.settings["stride"]
         room = size - specials - self.settings["max_question"]
         chosen = min(128, room // 2) if stride is None else stride
-        if room <= chosen or room < 1:
-            most = f"at most {room - 1}" if room > 0 else "none"
+        if room < 1:
+            raise UsageError(
+                f"task.options.max_question is {self.settings['max_question']}; allowed for windows of {size} tokens, "
+                f"{specials} special ones among them: at most {size - specials - 1}, or a larger max_length"
+            )
+        if room <= chosen:
             raise UsageError(
                 f"task.options.stride is {stride}; allowed for windows of {size} tokens, {specials} "
-                f"special ones and max_question = {self.settings['max_question']} among them: {most}"
+                f"special ones and max_question = {self.settings['max_question']} among them: at most {room - 1}"
             )
         return size, chosen
 
@@ -225,13 +227,10 @@ class Span(Kind):
         return self._answers(outputs, batch, self.settings["best"])
 
     def official(self, answers: list[dict[str, Any]]) -> dict[str, str]:
-        """Return the files that SQuAD's scripts read, where questions have names."""
-        if not all("id" in answer for answer in answers):
-            return {}
-        tables = {"predictions.json": {answer["id"]: answer["answer"] for answer in answers}}
-        if self.settings["unanswerable"]:
-            tables["na_prob.json"] = {answer["id"]: _no_answer(answer) for answer in answers}
-        return {name: json.dumps(table, indent=1) for name, table in tables.items()}
+        """Return the files that SQuAD's scripts read, where questions have names, each its own."""
+        from peft_lightning.tasks.squad import squad_files
+
+        return squad_files(answers, self.settings["unanswerable"]) if self.settings["id"] else {}
 
     def baseline(self, rows: Rows, stage: str) -> Iterator[tuple[Any, Any]]:
         """Yield no answers, where a question may have none, else the first sentences of the contexts; and truths."""
@@ -289,10 +288,3 @@ def _inside(marks_N3: Tensor, length: int) -> Tensor:
     """Whether a token belongs to the passage, bool [N, L]."""
     place_L = torch.arange(length, device=marks_N3.device)
     return (place_L >= marks_N3[:, 1:2]) & (place_L < marks_N3[:, 2:])
-
-
-def _no_answer(answer: Mapping[str, Any]) -> float:
-    """The probability of no answer, of the two: no answer and the best span."""
-    if answer["score"] is None:
-        return 1.0
-    return 0.5 + 0.5 * math.tanh((answer["no_answer_score"] - answer["score"]) / 2)

@@ -127,6 +127,9 @@ class Tags(Kind):
             number a token, -100 but for first sub-words. References hold ``tokens``, ``tags`` and ``id``.
         """
         sentences = self._sentences(rows, first_row)
+        # At the left, the rest of a word that is cut would stand for the word.
+        if (side := getattr(tokenizer, "truncation_side", "right")) != "right":
+            raise UsageError(f"tokenizer cuts at the {side}; allowed for kind tags: at the right")
         words = [[f" {word}" for word in words] for words in sentences] if needs_spaces(tokenizer) else sentences
         encoded: Any = tokenizer(
             words, is_split_into_words=True, truncation=True, max_length=max_length, return_attention_mask=False

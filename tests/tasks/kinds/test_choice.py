@@ -130,6 +130,19 @@ def test_choices_that_are_none(choices: Any, message: str) -> None:
         encode(task(), rows(ANIMALS, choices), first_row=2)
 
 
+def test_last_columns_may_be_empty_as_in_csv() -> None:
+    given = task(options={"choices": ["a", "b", "c"]})
+    content = {"question": ["this"] * 2, "a": ["cat", "cat"], "b": ["dog", "dog"], "c": ["", "fish"], "label": [1, 2]}
+    assert [len(row) for row in encode(given, content)["sizes"]] == [2, 3]
+
+
+def test_names_of_choices_are_different_lists_of_texts() -> None:
+    for names in (["A", "A"], 5, "AB"):
+        said = r"row 0 has (choices labelled A, A; allowed: different|2 choices with (5|'AB'))"
+        with pytest.raises(DataError, match=said):
+            encode(task(), rows({"text": ["cat", "dog"], "label": names}, labels=["A"]), labelled=False)
+
+
 def test_blank_is_filled_with_each_choice() -> None:
     cloze = task(options={"blank": "_"})
     content = {"question": ["the cat sees _ is good .", "_ runs"], "choices": [ANIMALS[1:3], ANIMALS[:2]]}

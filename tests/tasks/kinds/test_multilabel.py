@@ -41,7 +41,7 @@ def kind(**fields: Any) -> MultiLabel:
         ([], [0, 0, 0]),
         (["rage", "joy"], [1, 0, 1]),
         ([2, 0], [1, 0, 1]),
-        (["2", "joy", 2], [1, 0, 1]),
+        (["2", "joy"], [1, 0, 1]),
         (("fear",), [0, 1, 0]),
         (np.array([1, 2]), [0, 1, 1]),
     ],
@@ -55,6 +55,12 @@ def test_labels_that_are_none(label: Any) -> None:
     rows = {"text": ["cat"], "label": [label]}
     with pytest.raises(DataError, match=r"row 9, column 'label': the label is .*; allowed: "):
         kind().encode(rows, toy_tokenizer(), 16, labelled=True, first_row=9)
+
+
+@pytest.mark.parametrize("label", [[1, 0, 0], [0, 0, 0], [2, "2"], ["joy", "joy"]])
+def test_a_0_or_1_for_each_class_is_refused(label: Any) -> None:
+    with pytest.raises(DataError, match=r"class \w+ twice; allowed: each class once, by name or number \(not a 0"):
+        kind().target(label)
 
 
 def test_rows_keep_their_id() -> None:

@@ -99,7 +99,7 @@ def test_settings_that_are_not_allowed(fields: dict[str, Any], message: str) -> 
 
 
 def test_the_stride_must_leave_room() -> None:
-    for stride, window, most in ((7, 12, "at most 6"), (0, 5, "none")):
+    for stride, window, most in ((7, 12, "at most 6"), (1, 6, "at most 0")):
         given = task(stride=stride, window=window)
         message = rf"task.options.stride is {stride}; allowed for windows of {window} tokens, 3 special .*: {most}"
         with pytest.raises(UsageError, match=message):
@@ -117,7 +117,7 @@ def test_without_a_stride_windows_share_half_of_a_short_one() -> None:
     assert ids(ROWS, 64, stride=None) == ids(ROWS, 64, stride=3) != ids(ROWS, 64, stride=2)
     long = [{**ROWS[0], "context": " ".join(["dog"] * 700), "answers": {"text": ["dog"], "answer_start": [0]}}]
     assert ids(long, 384, stride=None, window=0) == ids(long, 384, stride=128, window=0)
-    with pytest.raises(UsageError, match=r"stride is None; allowed for windows of 5 tokens, .*: none"):
+    with pytest.raises(UsageError, match=r"max_question is 2; .* windows of 5 tokens, 3 special .* at most 1, or"):
         encode(ROWS, task(stride=None, window=5))
 
 
@@ -300,6 +300,15 @@ def test_a_span_in_two_windows_counts_once() -> None:
     outputs[0, 9:11], outputs[1, 3:5] = 1.0, 1.0  # "dog" and "sleeps", in both
     answer = build_kind(given).answers(outputs, batch, MODEL)[0]
     assert answer["probability"] == pytest.approx(1 / 3)  # dog, sleeps, dog sleeps
+
+
+def test_no_official_file_without_names_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+    kind, answer = build_kind(task(rows=2, id="id")), {"answer": "cat"}
+    assert kind.official([{**answer, "id": 7}, {**answer, "id": "8"}])
+    for names in (["a", "a"], ["a", None], [["a"], ["b"]]):
+        caplog.clear()
+        assert kind.official([{**answer, "id": name} for name in names]) == {}
+        assert "not every question has an id of its own" in caplog.text
 
 
 def test_official_files_of_version_2() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -127,6 +128,13 @@ def test_a_slow_tokenizer_is_refused() -> None:
     slow = SimpleNamespace(is_fast=False, name_or_path="old")
     with pytest.raises(UsageError, match="tokenizer 'old' is a SimpleNamespace; allowed for lists of words: a fast"):
         encode({"tokens": [["cat"]], "tags": [[0]]}, tokenizer=slow)
+
+
+def test_a_tokenizer_that_cuts_at_the_left_is_refused() -> None:
+    left = copy.deepcopy(toy_tokenizer())
+    left.truncation_side = "left"
+    with pytest.raises(UsageError, match="tokenizer cuts at the left; allowed for kind tags: at the right"):
+        encode({"tokens": [["cat"]], "tags": [[0]]}, tokenizer=left)
 
 
 def test_unlabelled_rows_need_no_tags_and_keep_their_names() -> None:
