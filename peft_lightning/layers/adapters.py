@@ -12,13 +12,14 @@ from typing import Any, cast
 
 from torch import nn
 
-from peft_lightning.backbones.families import FAMILIES, Family, Place, family_of
+from peft_lightning.backbones.families import FAMILIES, family_of
 from peft_lightning.checks import check_types
 from peft_lightning.errors import UsageError
 from peft_lightning.layers.bottleneck import NONLINEARITIES, Bottleneck
 from peft_lightning.layers.inject import add_child, select_sites
 from peft_lightning.layers.lora import LoRA
-from peft_lightning.layers.prefix import Prefix, enable_prefixes
+from peft_lightning.layers.prefix import Prefix
+from peft_lightning.layers.sites import find_sites, hook
 
 __all__ = ["KINDS", "AdapterConfig", "attach_adapters", "refusal"]
 
@@ -109,40 +110,21 @@ def attach_adapters(
     if config.cross and not family.crossing:
         able = " and ".join(name for name, other in FAMILIES.items() if other.crossing)
         raise UsageError(f"adapter.cross = True on a backbone of type {hf_config.model_type!r}: must be {able}")
-    places = [*_places(family, config.kind), *(family.crossing if config.cross else ())]
-    there = {name for name, _ in backbone.named_modules()}
-    sites = [
-        (f"{layer}.{place.owner}".rstrip("."), layer, place)
-        for layer in family.layers(hf_config)
-        for place in places
-        if place not in family.crossing or f"{layer}.{place.owner}" in there
-    ]
+    sites = find_sites(backbone, config.kind, cross=config.cross)
     if config.kind == "lora" and config.target is None:
-        chosen = {site for site, _, place in sites if place.owner in family.query_value}
+        chosen = {site.path for site in sites if site.place.owner in family.query_value}
     else:
-        chosen = set(select_sites([site for site, *_ in sites], config.target or ""))
+        chosen = set(select_sites([site.path for site in sites], config.target or ""))
     adapters: dict[str, nn.Module] = {}
-    for site, layer, place in sites:
-        if site in chosen:
-            adapter = _build(backbone, site, config, place.how, config.bottleneck * multiplier, masked)
+    for site in sites:
+        if site.path in chosen:
+            inner = config.bottleneck * multiplier
+            adapter = _build(backbone, site.path, config, site.place.how, inner, masked)
             group = {LoRA: "loras", Prefix: "prefixes"}.get(type(adapter), "adapters")
-            adapters[add_child(backbone, site, group, config.name, adapter)] = adapter
+            adapters[add_child(backbone, site.path, group, config.name, adapter)] = adapter
             if hooked:
-                _hook(backbone, layer, place, adapter)
+                hook(backbone, site, adapter)
     return adapters
-
-
-def _places(family: Family, kind: str) -> list[Place]:
-    if kind == "houlsby":
-        return list(family.sequential)
-    if kind == "pfeiffer":
-        return [family.closing]
-    if kind == "lora":
-        return [Place(name, name, "lora") for name in family.linears]
-    if kind == "parallel":
-        return [family.parallel]
-    assert family.prefixes is not None
-    return [Place(family.prefixes, family.prefixes, "prefix"), family.parallel]
 
 
 def _build(backbone: nn.Module, site: str, config: AdapterConfig, how: str, inner: int, masked: bool) -> nn.Module:
@@ -154,20 +136,3 @@ def _build(backbone: nn.Module, site: str, config: AdapterConfig, how: str, inne
         linear = cast(nn.Linear, backbone.get_submodule(site))
         return LoRA(linear.in_features, linear.out_features, inner, scaling=config.factor, **common)
     return Bottleneck(width, inner, nonlinearity=config.nonlinearity, scaling=config.factor, **common)
-
-
-def _hook(backbone: nn.Module, layer: str, place: Place, adapter: nn.Module) -> None:
-    first = backbone.get_submodule(f"{layer}.{place.hook}".rstrip("."))
-    if isinstance(adapter, Prefix):
-        enable_prefixes(backbone)
-    elif isinstance(adapter, LoRA):
-        first.register_forward_hook(adapter.after)
-    elif isinstance(adapter, Bottleneck) and place.how == "beside_residual":
-        first.register_forward_pre_hook(adapter.beside_residual)
-    elif isinstance(adapter, Bottleneck) and place.last:
-        first.register_forward_pre_hook(adapter.remember)
-        backbone.get_submodule(f"{layer}.{place.last}").register_forward_hook(adapter.beside_remembered)
-    elif place.how == "around_norm" and first._forward_hooks:
-        raise UsageError(f"adapter.kind = {'pfeiffer'!r}: {layer} has one already, and two do not compose")
-    else:
-        first.register_forward_hook(getattr(adapter, place.how))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_lightning.layers.hooks import SiteLayer
 from peft_lightning.layers.masked import MaskedLinear
 
 __all__ = ["NONLINEARITIES", "Bottleneck"]
@@ -35,7 +36,7 @@ NONLINEARITIES: dict[str, Any] = {
 }
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(SiteLayer):
     """A bottleneck adapter; one of its hooks ties it to a place in a backbone.
 
     Args:
@@ -67,40 +68,11 @@ class Bottleneck(nn.Module):
             if isinstance(module, MaskedLinear):
                 nn.init.normal_(module.weight, std=init_std)
                 nn.init.zeros_(module.bias)
-        self._remembered: Tensor | None = None
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         """``[B, L, D] -> [B, L, D]``: the input plus the adapter's output, in the input's dtype."""
-        return self._plus(hidden_BLD, hidden_BLD)
+        return self.plus(hidden_BLD, hidden_BLD)
 
-    def _plus(self, base_BLD: Tensor, input_BLD: Tensor) -> Tensor:
-        update_BLD = self.adapter_up(self.adapter_down(input_BLD))
-        return torch.add(base_BLD, update_BLD, alpha=self.scaling)
-
-    # -- hooks: bound methods, so that ``copy.deepcopy`` rebinds them to the copy --------------------------------
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Forward hook, sequential."""
-        return self(output)
-
-    def around_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
-        """Forward hook of a LayerNorm: normalises once more, with the adapter's output in the sum."""
-        return module.forward(self._plus(args[0], output))
-
-    def beside(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Forward hook, parallel: what went in takes a second way."""
-        return self._plus(output, args[0])
-
-    def beside_residual(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Forward pre-hook, parallel, of BERT's ``output(hidden_states, input_tensor)``: the second is the residual."""
-        return (args[0], self(args[1]), *args[2:])
-
-    def remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of a feed-forward block's first map, where no module spans the block."""
-        self._remembered = args[0]
-
-    def beside_remembered(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Forward hook of the block's last map, parallel."""
-        assert self._remembered is not None
-        input_BLD, self._remembered = self._remembered, None
-        return self._plus(output, input_BLD)
+    def plus(self, base_BLD: Tensor, input_BLD: Tensor) -> Tensor:
+        """``[B, L, D]``: the base plus the scaled output for the input."""
+        return torch.add(base_BLD, self.adapter_up(self.adapter_down(input_BLD)), alpha=self.scaling)

@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_lightning.backbones.families import family_of
 from peft_lightning.errors import UsageError
 from peft_lightning.layers.adapters import AdapterConfig, attach_adapters
 from peft_lightning.layers.bottleneck import Bottleneck
+from peft_lightning.layers.hooks import SiteLayer
 from peft_lightning.layers.inject import add_child
+from peft_lightning.layers.sites import find_sites, hook
 
 __all__ = ["AdapterFusion", "attach_fusion", "identity_penalty"]
 
@@ -36,7 +37,7 @@ _GROUP = "adapter_fusion_layer"
 _OFF_DIAGONAL = 1e-6
 
 
-class AdapterFusion(nn.Module):
+class AdapterFusion(SiteLayer):
     """Attention over the updates of the adapters at one site.
 
     Args:
@@ -80,15 +81,9 @@ class AdapterFusion(nn.Module):
         wide = torch.promote_types(scores_BLA.dtype, torch.float32)
         return cast(Tensor, self.dropout(scores_BLA.to(wide))).softmax(-1)
 
-    # -- hooks: bound methods, so that ``copy.deepcopy`` rebinds them to the copy --------------------------------
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Forward hook, sequential."""
-        return output + self(output)
-
-    def around_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
-        """Forward hook of a LayerNorm: normalises once more, with the fused update in the sum."""
-        return module.forward(args[0] + self(output))
+    def plus(self, base_BLD: Tensor, input_BLD: Tensor) -> Tensor:
+        """``[B, L, D]``: the base plus the fused update for the input."""
+        return base_BLD + self(input_BLD)
 
 
 def attach_fusion(
@@ -121,13 +116,12 @@ def attach_fusion(
         raise UsageError(f"fusion of {len(configs)} adapters: {uneven[0]} has {len(by_site[uneven[0]])} of them only")
     rate = getattr(hf_config, "attention_probs_dropout_prob", 0.0) if dropout is None else dropout
     name = ",".join(config.name for config in configs)
-    hooks = _hooks(hf_config, kinds[0])
     fusions = {}
-    for site, adapters in by_site.items():
-        fusion = AdapterFusion(hf_config.hidden_size, adapters, rate)
-        fusions[add_child(backbone, site, _GROUP, name, fusion)] = fusion
-        where, how = hooks[site]
-        backbone.get_submodule(where).register_forward_hook(getattr(fusion, how))
+    for site in find_sites(backbone, kinds[0], cross=any(config.cross for config in configs)):
+        if site.path in by_site:
+            fusion = AdapterFusion(hf_config.hidden_size, by_site[site.path], rate)
+            fusions[add_child(backbone, site.path, _GROUP, name, fusion)] = fusion
+            hook(backbone, site, fusion)
     return fusions
 
 
@@ -138,16 +132,3 @@ def identity_penalty(fusions: Iterable[AdapterFusion] | Mapping[str, AdapterFusi
         matrix_DD = fusion.value.weight
         parts.append((torch.eye(len(matrix_DD), device=matrix_DD.device) - matrix_DD).square().sum())
     return weight * torch.stack(parts).sum()
-
-
-def _hooks(config: Any, kind: str) -> dict[str, tuple[str, str]]:
-    """Site -> the submodule whose call the adapter there changes, and the hook's name."""
-    family = family_of(config.model_type)
-    places = family.sequential if kind == "houlsby" else (family.closing,)
-    if config.is_encoder_decoder and kind == "houlsby":
-        places = (*places, *family.crossing)
-    return {
-        f"{layer}.{place.owner}".rstrip("."): (f"{layer}.{place.hook}".rstrip("."), place.how)
-        for layer in family.layers(config)
-        for place in places
-    }
