@@ -6,6 +6,7 @@ from the training step to ``predict``, is here. Shapes: B rows, L tokens, H widt
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -59,11 +60,9 @@ class TaskModule(MethodModule):
         seed: int,
     ) -> None:
         super().__init__(optim=optim, seed=seed)
-        self.task = get_task(task)
         self.backbone_config = as_backbone_config(backbone)
         _ = self.backbone_config.tokenizer_name  # without one there is nothing to read texts with
-        self.kind = build_kind(self.task)
-        self.kind.tokenizer_name = self.tokenizer_name
+        self._read_as(get_task(task))
         self.head_style = self.kind.style if head == "auto" else head
         self.head_dropout, self.max_length = head_dropout, max_length
         classes = len(self.task.labels)
@@ -77,7 +76,6 @@ class TaskModule(MethodModule):
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", weights_C, persistent=False)
         self.record(
-            task=self.task,
             backbone=self.backbone_config,
             head=self.head_style,
             head_dropout=head_dropout,
@@ -150,7 +148,7 @@ class TaskModule(MethodModule):
         self._check_length(getattr(data, "max_length", 0))
 
     def setup(self, stage: str) -> None:
-        """Check that module and data mean the same labels.
+        """Check that module and data mean the same labels, and keep the examples that the data shows beside each text.
 
         Raises:
             UsageError: if the kind or the classes differ.
@@ -162,6 +160,13 @@ class TaskModule(MethodModule):
                 f"task: the data is {task.name} ({task.kind}: {', '.join(task.labels)}), "
                 f"the module is for {self.task.name} ({self.task.kind}: {', '.join(self.task.labels)})"
             )
+        if task.options.get("shots") and not self.task.options.get("shots"):
+            self._read_as(dataclasses.replace(self.task, options=task.options))
+
+    def _read_as(self, task: Task) -> None:
+        self.task, self.kind = task, build_kind(task)
+        self.kind.tokenizer_name = self.tokenizer_name
+        self.record(task=task)
 
     def positions(self) -> int | None:
         """How many tokens the backbone has positions for, or None where there is no such limit."""

@@ -137,10 +137,12 @@ class Report(L.Callback):
         Console(soft_wrap=True, markup=False, highlight=False).print(_table(report, module))
 
     def _task_part(self, trainer: L.Trainer, module: TaskModule, split: str, whole: bool) -> dict[str, Any]:
-        """The split, and the trivial answer's scores of it if it was read as a whole."""
-        data_task = getattr(getattr(trainer, "datamodule", None), "task", module.task)
+        """The split, which examples were drawn, and the trivial answer's scores if the split was read as a whole."""
+        data: Any = getattr(trainer, "datamodule", None)
+        drawn = {"examples": data.regime()} if split != "test" and hasattr(data, "regime") else {}
         return {
-            "split": data_task.splits[split],
+            "split": getattr(data, "task", module.task).splits[split],
+            **drawn,
             "constant": module.kind.trivial,
             "majority": self._majority(trainer, module, split) if whole else {},
         }
@@ -238,6 +240,11 @@ def _task_rows(table: Table, report: dict[str, Any], module: TaskModule) -> None
     table.add_row("frozen parameters", f"{report['backbone_parameters']:,}")
     for name, text in module.lines().items():
         table.add_row(name, text)
+    if drawn := report.get("examples"):
+        each = " a class" if drawn["shots_mode"] == "per_class" else " in all"
+        note = f", {drawn['reason']}" if drawn["reason"] else ""
+        counts = f"{drawn['train']} to train on, {drawn['validation']} to choose by"
+        table.add_row("examples", f"{drawn['shots']}{each}, seed {drawn['seed']}: {counts}{note}")
     for metric in module.task.metrics:
         if metric in report["scores"]:
             beside = report["majority"].get(metric)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from peft_lightning import FineTuneModule, SCTDPretrainModule
+from peft_lightning import FewShotDataModule, FineTuneModule, SCTDPretrainModule
 from peft_lightning.callbacks.report import Report
 from tests.toy import build, data, trainer
 
@@ -58,3 +58,17 @@ def test_a_whole_split_has_both_scores(limit: float, tmp_path: Path, capsys: pyt
     report = fitted(tmp_path, val_check_interval=3, limit_val_batches=limit)
     assert report["majority"].keys() == {"accuracy"} and "limit" not in report
     assert "majority class" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"), [("per_class", "3 a class, seed 13: 6 to"), ("total", "3 in all, seed 13: 3")]
+)
+def test_which_examples_were_drawn(mode: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = FewShotDataModule("toy_sentiment", shots=3, shots_mode=mode, test_rows=8)
+    fit = trainer(tmp_path, callbacks=[Report(tmp_path)], max_epochs=1)
+    fit.fit(build(FineTuneModule), datamodule=few)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["examples"] == few.regime() and report["majority"]["accuracy"] >= 0.5
+    assert said in capsys.readouterr().out
+    fit.test(datamodule=few, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert "examples" not in json.loads((tmp_path / "test.json").read_text())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from peft_lightning import FewShotDataModule, FineTuneModule
+from peft_lightning import FewShotDataModule, FineTuneModule, load
 from peft_lightning.backbones.toy import toy_tokenizer
 from peft_lightning.errors import DataError, UsageError
 from peft_lightning.tasks.batch import batch_of_lists
@@ -258,6 +259,15 @@ def test_the_shots_are_the_examples(cache_dir: Any) -> None:
     assert not torch.equal(batches[13], batches[21])
 
 
+def test_a_run_keeps_the_shots_that_it_was_shown(tmp_path: Path, cache_dir: Any) -> None:
+    data = FewShotDataModule("toy_sentiment+prompt-demo", shots=3, test_rows=5)
+    module = build(FineTuneModule, task="toy_sentiment+prompt-demo")
+    trainer(tmp_path, max_steps=2).fit(module, data)
+    loaded = load(tmp_path / "last.ckpt")
+    assert loaded.task.options["shots"] == data.source("train").read()
+    assert loaded.predict(["the cat looks good"]) == module.predict(["the cat looks good"])
+
+
 def test_a_module_made_with_the_shots_answers_texts(cache_dir: Any) -> None:
     data = FewShotDataModule("toy_sentiment+prompt-demo", shots=3, tokenizer="toy", test_rows=5)
     data.setup("test")
@@ -269,7 +279,7 @@ def test_a_module_made_with_the_shots_answers_texts(cache_dir: Any) -> None:
     assert [answer["label"] for answer in written] == [answer["label"] for answer in alone]
     for one, other in zip(written, alone, strict=True):
         assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
-    with pytest.raises(UsageError, match="task.options.shots is .*allowed with demonstrations"):
+    with pytest.raises(UsageError, match=r"task.options.shots is .*allowed with demonstrations"):
         build(FineTuneModule, task="toy_sentiment+prompt-demo").predict(["the cat"])
 
 
