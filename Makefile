@@ -4,7 +4,7 @@ BIN := .venv/bin
 TEST_ARGS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup encoder demo test lint bench-mrpc bench-prune bench-sctd bench-sparse bench-speed bench-pretrain bench-tasks clean
+.PHONY: help setup encoder demo test lint bench-mera bench-mrpc bench-prune bench-sctd bench-sparse bench-speed bench-pretrain bench-tasks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ lint: .venv/.stamp  ## ruff and mypy
 
 bench-mrpc: encoder  ## accuracy on MRPC: 4 arms, up to 3 seeds; goes on where it stopped
 	@$(BIN)/python -m benchmarks.mrpc
+
+bench-mera: encoder  ## MerA: TABLE=1, 2 or 3 of the paper, or FIGURE=1, 2 or 3; goes on where it stopped
+	@$(BIN)/python -m benchmarks.mera $(if $(FIGURE),--figure $(FIGURE),--table $(or $(TABLE),1))
 
 bench-sparse: encoder  ## SparseAdapter on MRPC: 11 arms, 3 seeds, tables and figures; goes on where it stopped
 	@$(BIN)/python -m benchmarks.sparse

@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from peft_lightning.data.corpus import MLMDataModule
     from peft_lightning.data.few_shot import FewShotDataModule
     from peft_lightning.data.supervised import TaskDataModule
-    from peft_lightning.exchange import export_adapter, import_adapter, load_pruned
+    from peft_lightning.exchange import export_adapter, import_adapter, load_pruned, merge_adapters
     from peft_lightning.layers.adapters import AdapterConfig
     from peft_lightning.layers.drop_config import DropConfig
+    from peft_lightning.layers.merge_config import MergeConfig
     from peft_lightning.layers.prune_config import ImportanceConfig, RankConfig, StructureConfig
     from peft_lightning.loading import load
     from peft_lightning.methods.fine_tune import FineTuneModule
+    from peft_lightning.methods.fusion import FusionModule
+    from peft_lightning.methods.mera import MerAModule
     from peft_lightning.methods.prune_lora import PruneLoRAModule
     from peft_lightning.methods.sctd import SCTDPretrainModule
     from peft_lightning.methods.sparse_adapter import PruneConfig, SparseAdapterModule
@@ -34,8 +37,11 @@ __all__ = [
     "DropConfig",
     "FewShotDataModule",
     "FineTuneModule",
+    "FusionModule",
     "ImportanceConfig",
     "MLMDataModule",
+    "MerAModule",
+    "MergeConfig",
     "OptimConfig",
     "PruneConfig",
     "PruneLoRAModule",
@@ -50,6 +56,7 @@ __all__ = [
     "import_adapter",
     "load",
     "load_pruned",
+    "merge_adapters",
 ]
 
 _HOME = {
@@ -58,8 +65,11 @@ _HOME = {
     "DropConfig": "layers.drop_config",
     "FewShotDataModule": "data.few_shot",
     "FineTuneModule": "methods",
+    "FusionModule": "methods",
     "ImportanceConfig": "layers.prune_config",
     "MLMDataModule": "data.corpus",
+    "MerAModule": "methods",
+    "MergeConfig": "layers.merge_config",
     "OptimConfig": "settings",
     "PruneConfig": "methods.sparse_adapter",
     "PruneLoRAModule": "methods",
@@ -74,6 +84,7 @@ _HOME = {
     "import_adapter": "exchange",
     "load": "loading",
     "load_pruned": "exchange",
+    "merge_adapters": "exchange",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,7 +13,7 @@ from peft_lightning.errors import UsageError
 from peft_lightning.functional.gradients import mean_gradients
 from peft_lightning.task_module import TaskModule
 
-__all__ = ["first_batches", "over_ranks", "teach_head", "warm_up"]
+__all__ = ["first_batches", "over_ranks", "teach_head", "unlabelled_inputs", "warm_up"]
 
 
 def first_batches(module: TaskModule, count: int) -> Iterator[Mapping[str, Any]]:
@@ -27,6 +27,36 @@ def first_batches(module: TaskModule, count: int) -> Iterator[Mapping[str, Any]]
     loader = module.trainer.fit_loop._data_source.dataloader()
     for batch in islice(loader, count):
         yield strategy.batch_to_device(batch, strategy.root_device)
+
+
+def unlabelled_inputs(
+    module: TaskModule, batches: Iterable[Mapping[str, Any]] | None = None
+) -> Iterator[Mapping[str, Tensor]]:
+    """What the backbone reads of batches, one after the other, without their answers but where it writes.
+
+    Args:
+        module: gives the kind of its task, and its trainer.
+        batches: of the task, with labels or without. None: those of this rank, on its device, of a fresh pass over
+            what the data module's ``calibration_dataloader`` gives, or else over the training data.
+
+    Raises:
+        UsageError: if no batches are given, and there is neither.
+    """
+    if batches is None:
+        trainer, strategy = module.trainer, module.trainer.strategy
+        own = getattr(getattr(trainer, "datamodule", None), "calibration_dataloader", None)
+        if own is None and trainer.state.fn != "fit":
+            raise UsageError(
+                f"{trainer.state.fn.value if trainer.state.fn else 'trainer'}: needs unlabelled inputs, and a data "
+                "module with a calibration_dataloader would give some"
+            )
+        loader = trainer.fit_loop._data_source.dataloader() if own is None else own()
+        batches = (strategy.batch_to_device(batch, strategy.root_device) for batch in loader)
+    for batch in batches:
+        inputs = dict(module.inputs(batch) if "labels" in batch else batch["inputs"])
+        if "decoder_input_ids" in inputs:  # the loss needs no mask there
+            inputs["decoder_attention_mask"] = (batch["labels"] != -100).long()
+        yield inputs
 
 
 def over_ranks(module: TaskModule, value: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from peft_lightning.backbones.build import BackboneConfig, as_backbone_config, build_backbone, fingerprint
 from peft_lightning.backbones.pooling import pooling
+from peft_lightning.backbones.positions import positions
 from peft_lightning.backbones.tokenizers import load_tokenizer
 from peft_lightning.errors import UsageError
 from peft_lightning.module import MethodModule
@@ -170,13 +171,7 @@ class TaskModule(MethodModule):
 
     def positions(self) -> int | None:
         """How many tokens the backbone has positions for, or None where there is no such limit."""
-        positions = getattr(getattr(self.backbone, "embeddings", None), "position_embeddings", None)
-        if isinstance(positions, nn.Embedding):
-            # RoBERTa counts positions from behind the padding's
-            return positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
-        if hasattr(getattr(self.backbone, "encoder", None), "embed_positions"):  # BART
-            return int(cast(Any, self.backbone.config).max_position_embeddings)
-        return None
+        return positions(self.backbone)
 
     def _check_length(self, max_length: int) -> None:
         most = self.positions()
@@ -192,12 +187,15 @@ class TaskModule(MethodModule):
     def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """What the head reads: ``[N, L, H]``; ``[N, 1, H]`` where that is the last token's state."""
         known = {name: tensor for name, tensor in inputs.items() if name in self._input_names}
-        hidden_NLH = self.backbone(**known).last_hidden_state
+        return self.pooled(self.backbone(**known).last_hidden_state, inputs)
+
+    def pooled(self, hidden_NLH: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the head reads of the last layer's states, as :meth:`states` gives it."""
         if self._pooling == "last" and not self.kind.per_token:
             mask_NL = inputs["attention_mask"]
             last_N = (mask_NL * torch.arange(1, mask_NL.shape[1] + 1, device=mask_NL.device)).argmax(dim=1)
             hidden_NLH = hidden_NLH[torch.arange(len(last_N), device=last_N.device), last_N].unsqueeze(1)
-        return cast(Tensor, hidden_NLH)
+        return hidden_NLH
 
     def inputs(self, batch: Batch) -> Mapping[str, Tensor]:
         """What :meth:`forward` takes of a batch with labels."""

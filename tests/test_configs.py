@@ -17,6 +17,7 @@ import yaml
 import peft_lightning
 from peft_lightning.cli.main import main
 from peft_lightning.data.toy import toy_rows
+from tests.toy import toy_sources
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -40,6 +41,8 @@ TOYS = {
         "decoder_attention_heads: 2, encoder_ffn_dim: 32, decoder_ffn_dim: 32}",
     ],
 }
+# These start from adapters; here from random ones on the toy overlay's backbone.
+SOURCED = ("fusion", "mera")
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 # Overlays with a model and a task of their own.
 OWN = [ROOT / "configs" / "overlays" / f"{name}.yaml" for name in ("toy", "toy_bart", "pretrain_cpu")]
@@ -83,6 +86,7 @@ def test_two_steps(path: Path, tmp_path: Path, cache_dir: Path, monkeypatch: pyt
         toy = [*SMALL, "--data.inputs", str(tmp_path / "text.txt"), "--trainer.val_check_interval=2"]
     else:
         toy = ["--config", "configs/overlays/toy.yaml", *TOYS.get(path.stem, [])] if path not in OWN else []
+        toy += [f"--model.sources=[{', '.join(toy_adapters())}]"] if path.stem in SOURCED else []
     short = ["--trainer.max_steps=2", "--trainer.limit_val_batches=2", "--trainer.enable_progress_bar=false"]
     main([*words, *toy, *HERE, *short, "--run_dir", str(run)])
     state = torch.load(run / "last.ckpt", weights_only=True)
@@ -98,6 +102,12 @@ def test_the_toy_bart_learns_to_copy(tmp_path: Path, cache_dir: Path, monkeypatc
     short = ["--trainer.max_epochs=4", "--trainer.enable_progress_bar=false"]
     main([*words, *HERE, *short, "--run_dir", str(tmp_path / "run")])
     assert json.loads((tmp_path / "run" / "report.json").read_text())["scores"]["rougeL"] > 0.9
+
+
+def toy_adapters() -> list[str]:
+    """Folders of two adapters on the toy overlay's backbone."""
+    backbone = _load(ROOT / "configs" / "overlays" / "toy.yaml")["model"]["init_args"]["backbone"]
+    return toy_sources({key: value for key, value in backbone.items() if value is not None})
 
 
 def toy_texts() -> list[str]:
@@ -152,10 +162,16 @@ def test_an_overlay_says_nothing_about_science(path: Path) -> None:
 def test_no_default_is_restated(path: Path) -> None:
     for section in ("model", "data"):
         part = _load(path)[section]
-        parameters = inspect.signature(getattr(peft_lightning, part["class_path"])).parameters
+        parameters = _parameters(getattr(peft_lightning, part["class_path"]))
         for option, value in part.get("init_args", {}).items():
             for where, given, default in _against(option, value, parameters[option].default):
                 assert given != default, f"{_name(path)}: {where} = {given!r} is the default; leave it out"
+
+
+def _parameters(kind: type[Any]) -> dict[str, inspect.Parameter]:
+    """What a class takes, also what it hands on to the one that it is derived from."""
+    own = dict(inspect.signature(kind).parameters)
+    return {**(_parameters(kind.__base__) if "options" in own and kind.__base__ else {}), **own}
 
 
 def _against(where: str, value: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:

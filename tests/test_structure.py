@@ -35,10 +35,10 @@ PICTURE: dict[str, set[str]] = {
     "scoring": {"task_module"},
     "methods": {"task_module", "pretrain_module", "scoring"},
     "loading": {"methods"},
-    "exchange": {"loading"},
+    "exchange": {"loading", "analysis"},
     "analysis": {"methods"},
     "callbacks": {"methods", "analysis"},
-    "study": {"methods"},
+    "study": {"methods", "data"},
     "cli": {"study", "analysis", "callbacks", "data", "exchange"},
 }
 # Packages that only some areas may import.

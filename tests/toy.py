@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import inspect
+import json
+import os
 import shutil
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
+import torch
 
 import peft_lightning.methods as methods
 from peft_lightning import MLMDataModule, RunCheckpoint, TaskDataModule
+from peft_lightning.atomic import fresh_folder
 from peft_lightning.backbones.toy import TOY_WORDS
 from peft_lightning.callbacks.log import MetricsCSV
+from peft_lightning.files.manifest import write_adapter
 from peft_lightning.module import MethodModule
 from peft_lightning.pretrain_module import PretrainModule
 from peft_lightning.task_module import TaskModule
@@ -26,6 +32,8 @@ TASK_METHODS = [method for method in METHODS if issubclass(method, TaskModule)]
 TASK_OPTIONS = ("task", "head_dropout", "class_weights", "max_length", "head")
 # A frozen random backbone needs larger steps through its adapters than a trained one takes itself.
 LEARNING_RATE = {"FineTuneModule": 1e-3}
+# What sources are like unless a test says otherwise.
+SOURCE: dict[str, Any] = {"kind": "houlsby", "bottleneck": 16, "init_std": 0.1}
 
 TINY: dict[str, Any] = {
     "config": {
@@ -58,7 +66,51 @@ def build(method: Any, *, backbone: Any = None, dropout: float = 0.1, **options:
     options.setdefault("task", "toy_sentiment")
     options.setdefault("optim", {"lr": LEARNING_RATE.get(method.__name__, 5e-3)})
     options.setdefault("head_dropout", dropout)
-    return method(backbone=backbone or tiny(dropout), **options)
+    backbone = backbone or tiny(dropout)
+    if "sources" in inspect.signature(method).parameters:
+        options.setdefault("sources", toy_sources(backbone, seed=options.get("seed", 42)))
+    return method(backbone=backbone, **options)
+
+
+def toy_sources(backbone: Any, *adapters: dict[str, Any], seed: int = 42, keep: float = 1.0) -> list[str]:
+    """Folders of random adapters on a random backbone, the same ones each time.
+
+    Args:
+        backbone: its setting.
+        adapters: what differs from ``SOURCE``; two alike by default.
+        seed: that the backbone's weights were drawn with.
+        keep: share of the weights that masks keep; without masks if it is 1.
+    """
+    content = json.dumps([backbone, [{**SOURCE, **adapter} for adapter in adapters or ({}, {})], seed, keep])
+    folder = _source_home() / hashlib.sha256(content.encode()).hexdigest()[:16]
+    if not folder.exists():
+        _write_sources(folder, *json.loads(content))
+    return [str(path) for path in sorted(folder.iterdir())]
+
+
+@lru_cache
+def _source_home() -> Path:
+    """A folder that processes started by this one know too: a run that goes on must name the same sources."""
+    if "TOY_SOURCES" not in os.environ:
+        os.environ["TOY_SOURCES"] = tempfile.mkdtemp(prefix="toy_sources_")
+        atexit.register(shutil.rmtree, os.environ["TOY_SOURCES"], True)
+    return Path(os.environ["TOY_SOURCES"])
+
+
+def _write_sources(folder: Path, backbone: Any, adapters: list[dict[str, Any]], seed: int, keep: float) -> None:
+    with fresh_folder(folder) as fresh:
+        for number, adapter in enumerate(adapters):
+            prune: Any = {"sparsity": 1 - keep, "score": "magnitude"}
+            module: Any = methods.SparseAdapterModule(
+                task="toy_sentiment", backbone=backbone, adapter=cast(Any, adapter), prune=prune, seed=seed
+            )
+            module.configure_model()
+            rng = torch.Generator().manual_seed(number)
+            for parameter in (parameter for part in module.adapters.values() for parameter in part.parameters()):
+                parameter.data.normal_(std=adapter["init_std"], generator=rng)
+            if keep < 1:
+                module.install_masks(())
+            write_adapter(fresh / f"source{number}", module.owned_state(), module.manifest())
 
 
 def deep(backbone: dict[str, Any]) -> dict[str, Any]:

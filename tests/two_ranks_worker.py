@@ -14,9 +14,9 @@ import lightning as L
 import torch
 
 from peft_lightning.data.toy import toy_rows
-from peft_lightning.methods import PruneLoRAModule, SCTDPretrainModule, SparseAdapterModule
+from peft_lightning.methods import FusionModule, MerAModule, PruneLoRAModule, SCTDPretrainModule, SparseAdapterModule
 from tests.families import backbone_setting
-from tests.toy import METHODS, build, data, trainer
+from tests.toy import METHODS, build, data, tiny, toy_sources, trainer
 
 # name -> options of module and trainer; the second makes every micro-batch weigh differently
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -53,6 +53,15 @@ PRUNE: dict[str, dict[str, Any]] = {
 }
 
 
+# Fewer tokens than there are, masks, plans without data, LoRA; weights and other sizes.
+MERA: dict[str, dict[str, Any]] = {
+    "tokens": {"merge": {"tokens": 60}},
+    "select": {"merge": {"preset": "select", "tokens": 200}, "keep": 0.5},
+    "sizes": {"merge": {"preset": "wts", "weights": [2.0, -1.0]}, "sources": [{"bottleneck": 4}, {"bottleneck": 6}]},
+    "lora": {"merge": {"preset": "svd"}, "sources": [{"kind": "lora", "bottleneck": 2}, {"kind": "lora"}]},
+}
+
+
 def runs() -> Iterator[tuple[str, type[Any], dict[str, Any], dict[str, Any]]]:
     """Name of a run, its method, and the options of module and trainer."""
     for method in METHODS:
@@ -62,6 +71,11 @@ def runs() -> Iterator[tuple[str, type[Any], dict[str, Any], dict[str, Any]]]:
         yield f"SparseAdapterModule-{variant}", SparseAdapterModule, options, {}
     for variant, options in PRUNE.items():
         yield f"PruneLoRAModule-{variant}", PruneLoRAModule, options, {}
+    for variant, options in MERA.items():
+        given = {name: value for name, value in options.items() if name not in ("sources", "keep")}
+        given["sources"] = toy_sources(tiny(0.0), *options.get("sources", ()), keep=options.get("keep", 1.0))
+        yield f"MerAModule-{variant}", MerAModule, given, {}
+    yield "FusionModule-sparse", FusionModule, {"sources": toy_sources(tiny(0.0), keep=0.5)}, {}
     for variant, options in SCTD.items():
         yield f"SCTDPretrainModule-{variant}", SCTDPretrainModule, options, {}
 

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from peft_lightning.backbones.options import PRUNED_FILE, check_options, pruned_folder
 from peft_lightning.backbones.quiet import quiet
+from peft_lightning.backbones.sharing import shared
 from peft_lightning.backbones.tokenizers import load_tokenizer
 from peft_lightning.checks import check_types
 from peft_lightning.errors import UsageError, first_line
@@ -88,10 +89,8 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
     Raises:
         UsageError: if the folder or name cannot be loaded, or the configuration is not accepted.
     """
-    from transformers import AutoModel
-
-    backbone, lacking = _build(config, AutoModel, None)
-    _refuse_lacking(config, lacking)
+    bare = replace(config, gradient_checkpointing=False, compile=False)
+    backbone = shared(repr(bare), lambda: _bare(bare))
     if config.gradient_checkpointing:
         # renamed in transformers 5.23
         enable: Any = getattr(backbone, "activation_checkpointing_enable", None)
@@ -99,6 +98,15 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
     if config.compile:
         backbone.compile()
     return backbone.train()
+
+
+def _bare(config: BackboneConfig) -> nn.Module:
+    """The encoder as it comes from its file, or from the random state."""
+    from transformers import AutoModel
+
+    backbone, lacking = _build(config, AutoModel, None)
+    _refuse_lacking(config, lacking)
+    return backbone
 
 
 def build_masked_lm(config: BackboneConfig, tokenizer: Any = None, *, new_head: bool = True) -> nn.Module:

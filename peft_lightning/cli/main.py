@@ -17,7 +17,9 @@ COMMANDS = {
     "predict": "write a checkpoint's answers into the run's folder",
     "export": "write an adapter for AdapterHub's library or PEFT, or a pretrained model",
     "import": "read an adapter that AdapterHub's library or PEFT wrote",
+    "merge": "make one adapter of several, by optimal transport (MerA) or, for LoRA, by their updates",
     "probe": "measure what each layer of a backbone knows of a sentence",
+    "study": "run a grid of many small runs in one process, several side by side, and go on with it",
     "importance": "measure how much each head of a backbone matters to a task",
 }
 _TOOLS = ("export", "import")
@@ -48,10 +50,18 @@ def main(arguments: list[str] | None = None) -> None:
             from peft_lightning.cli.tools import run_tool
 
             run_tool(words)
+        elif words[0] == "merge":
+            from peft_lightning.cli.merge import run_merge
+
+            run_merge(words)
         elif words[0] == "probe":
             from peft_lightning.cli.probe import run_probe
 
             run_probe(words)
+        elif words[0] == "study":
+            from peft_lightning.cli.study import run_study_command
+
+            run_study_command(words)
         elif words[0] == "importance":
             from peft_lightning.cli.importance import run_importance
 

@@ -12,7 +12,7 @@ from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.loading import kind_of, method_class, refuse_new_code
 
-__all__ = ["joined", "option", "refuse_linked", "require_checkpoint", "with_recorded_settings"]
+__all__ = ["joined", "option", "refuse_linked", "with_recorded_settings"]
 
 LINKED = ("task", "seed", "max_length")  # options of the model that follow others
 # option that follows -> option that it follows
@@ -100,17 +100,6 @@ def joined(words: list[str]) -> list[str]:
         found["name"] = json.dumps(found["name"])  # a path may have what YAML takes for something else
     both = ", ".join(f"{key}: {value}" for key, value in found.items())
     return [*rest[:place], f"--model.backbone={{{both}}}", *rest[place:]]
-
-
-def require_checkpoint(words: list[str]) -> None:
-    """Every command but ``fit`` works on a checkpoint, given as a flag; ask for it before the parser asks for a model.
-
-    Raises:
-        UsageError: if there is none, and the words do not just ask for help or the configuration.
-    """
-    asks = any(word in ("-h", "--help") or ".help" in word or "print_config" in word for word in words)
-    if words[0] != "fit" and not asks and not option(words, "--ckpt_path"):
-        raise UsageError(f"{words[0]}: give --ckpt_path, the checkpoint to {words[0]}")
 
 
 def refuse_linked(words: list[str]) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from peft_lightning.cli.parser import ToolParser
+from peft_lightning.cli.parser import ToolParser, plain_notes
 
 __all__ = ["run_tool"]
 
@@ -24,7 +21,7 @@ def run_tool(words: list[str]) -> None:
         SystemExit: after ``--help``.
     """
     command, *rest = words
-    with _notes():
+    with plain_notes():
         if command == "export":
             _export(rest)
         else:
@@ -85,20 +82,3 @@ def _import(words: list[str]) -> None:
     )
     export_adapter(module, given.out, format="peft_lightning")
     sys.stdout.write(f"wrote {given.out}\n")
-
-
-@contextmanager
-def _notes() -> Iterator[None]:
-    """Print what this package warns of as plain lines; others' warnings stay as they are, wherever they point."""
-    show = warnings.showwarning
-
-    def plain(message: Warning | str, category: type[Warning], *rest: object, **more: object) -> None:
-        if category.__module__.partition(".")[0] == "peft_lightning":
-            sys.stdout.write(f"note: {message}\n")
-        else:
-            show(message, category, *rest, **more)  # type: ignore[arg-type]
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=UserWarning, module="peft_lightning")
-        warnings.showwarning = plain
-        yield

@@ -28,7 +28,9 @@ from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.callbacks.progress import ProgressLine
 from peft_lightning.callbacks.report import Report
 from peft_lightning.callbacks.throughput import Throughput
-from peft_lightning.cli.recorded import joined, option, refuse_linked, require_checkpoint, with_recorded_settings
+from peft_lightning.cli.drawing import draw_decisions
+from peft_lightning.cli.recorded import joined, option, refuse_linked, with_recorded_settings
+from peft_lightning.cli.zero_shot import check_zero_shot, require_checkpoint
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.files.strict import check_settings
@@ -50,6 +52,7 @@ class TrainerCLI(LightningCLI):
             default=None,
             help="'auto': go on from the run folder's last checkpoint",
         )
+        parser.add_argument("--zero_shot", type=bool, default=False, help="true: a model that nothing has trained")
         parser.add_argument("--save_every_n_steps", type=int, default=200, help="optimizer steps between checkpoints")
         parser.link_arguments("data.init_args.task", "model.init_args.task")
         parser.link_arguments("data.init_args.max_length", "model.init_args.max_length")
@@ -80,17 +83,18 @@ class TrainerCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder and refuse what cannot go on, before anything is loaded."""
         options = self.options
-        if self.subcommand != "fit":
-            # The flag, not what some configuration file says: what the checkpoint records was read by the flag.
-            path = str(option(sys.argv, "--ckpt_path"))
+        # The flag, not what some configuration file says: what the checkpoint records was read by the flag.
+        if self.subcommand != "fit" and (path := option(sys.argv, "--ckpt_path")):
             options.ckpt_path = path
             options.run_dir = options.run_dir or str(Path(path) if Path(path).is_dir() else Path(path).parent)
             return
         if options.run_dir is None:
             method = options.model.class_path.rpartition(".")[2].removesuffix("Module")
-            options.run_dir = (
-                f"runs/{method}-{_task_name(options.data.init_args.get('task'))}-{options.seed_everything}"
-            )
+            name = f"{method}-{_task_name(options.data.init_args.get('task'))}-{options.seed_everything}"
+            options.run_dir = f"runs/{name}" if self.subcommand == "fit" else f"runs/{name}-zero_shot"
+        if self.subcommand != "fit":
+            options.ckpt_path = None
+            return
         folder = Path(options.run_dir)
         if options.resume not in (None, "auto"):
             raise UsageError(f"--resume = {options.resume!r}: must be 'auto'")
@@ -115,7 +119,9 @@ class TrainerCLI(LightningCLI):
         parser = self._parser(self.subcommand)
         config: dict[str, Any] = yaml.safe_load(parser.dump(self.options, skip_unset=False, skip_validation=True))
         # What to go on from belongs to one start of the run, not to the run.
-        return {key: value for key, value in config.items() if key not in ("ckpt_path", "resume", "config")}
+        return {
+            key: value for key, value in config.items() if key not in ("ckpt_path", "resume", "config", "zero_shot")
+        }
 
     def _refuse_other_configuration(self, folder: Path) -> None:
         saved = folder / "config.yaml"
@@ -181,22 +187,13 @@ class TrainerCLI(LightningCLI):
         """Draw what the method decided, where a person would rather look than read."""
         if not self.trainer.is_global_zero or self.options.trainer.fast_dev_run:
             return
-        summary, folder = self.model.summary(), Path(self.options.run_dir)
-        if shares := summary.get("kept_share_by_matrix"):
-            from peft_lightning.analysis.plots import draw_shares
-
-            draw_shares(shares, folder / "kept_share.png")
-        if heads := summary.get("importance"):
-            from peft_lightning.analysis.heatmap import draw_heads
-
-            kept, task = summary["heads_kept"], summary["task"]
-            gone = {path: sorted(set(range(len(scores))) - set(kept[path])) for path, scores in heads.items()}
-            title = f"importance of {summary['importance_examples']:,} examples\ncrosses: removed"
-            draw_heads({task: heads}, folder / "heads.png", title=title, gone={task: gone})
+        draw_decisions(self.model.summary(), Path(self.options.run_dir))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         path = self.options.ckpt_path
+        if not path and subcommand != "fit":
+            check_zero_shot(self.model)
         if path and subcommand == "fit" and Path(path).is_dir():
             raise UsageError(f"--ckpt_path = {path}: must be a .ckpt file")
         if path:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["encode_split", "tokenizer_digest"]
+
 # Enough rows for a fast tokenizer to use all cores, few enough to hold as Python lists.
 _SLICE = 1000
 
@@ -48,7 +50,7 @@ def encode_split(
         "source": source.digest,
         "task": asdict(kind.task),
         "kind": _code(kind),
-        "tokenizer": _content(tokenizer),
+        "tokenizer": tokenizer_digest(tokenizer),
         "max_length": max_length,
         "labelled": labelled,
         "references": references,
@@ -121,8 +123,8 @@ def _code(kind: Kind) -> list[str]:
     return [hashlib.sha256(text.encode()).hexdigest() for text in texts]
 
 
-def _content(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of what a tokenizer does to a text."""
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of what a tokenizer does to a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
     # A call leaves its own truncation and padding behind in the backend.

@@ -24,6 +24,7 @@ from peft_lightning.tasks.table import Task
 __all__ = ["FewShotDataModule"]
 
 _MODES = ("per_class", "total")
+_CALIBRATIONS = ("shots", "pool")
 
 
 class FewShotDataModule(TaskDataModule):
@@ -42,6 +43,9 @@ class FewShotDataModule(TaskDataModule):
         seeds: of the draws that an experiment repeats.
         shot_seed: which of them is in use; the first if null.
         test_rows: reads at most so many rows of the evaluation split, the same for all seeds; all if null.
+        calibration: what is read without labels, as by a merge of adapters: shots, or pool (rows of the training split
+            whose inputs are neither shots nor dev shots).
+        calibration_rows: number of rows of the pool, or all there are.
         options: those of :class:`TaskDataModule`.
 
     Raises:
@@ -56,6 +60,8 @@ class FewShotDataModule(TaskDataModule):
         seeds: Sequence[int] = (13, 21, 42, 87, 100),
         shot_seed: int | None = None,
         test_rows: int | None = None,
+        calibration: str = "shots",
+        calibration_rows: int = 128,
         **options: Any,
     ) -> None:
         super().__init__(task, **options)
@@ -67,6 +73,10 @@ class FewShotDataModule(TaskDataModule):
         self.shots_mode = shots_mode
         self.seeds = tuple(within("seeds", seed, 0) for seed in seeds)
         self.test_rows = None if test_rows is None else within("test_rows", test_rows, 1)
+        if calibration not in _CALIBRATIONS:
+            raise UsageError(f"calibration is {calibration!r}; allowed: {', '.join(_CALIBRATIONS)}")
+        self.calibration = calibration
+        self.calibration_rows = within("calibration_rows", calibration_rows, 1)
         self._pool: Pool | None = None
         self.choose(self.seeds[0] if shot_seed is None else shot_seed)
 
@@ -82,7 +92,7 @@ class FewShotDataModule(TaskDataModule):
         self._numbers: tuple[list[int], list[int]] | None = None
         self._shown = False
         # The evaluation split is the same for all seeds, unless it is read beside the shots.
-        stale = ("train", "validation", *(("test", "predict") if self._demonstrates else ()))
+        stale = ("train", "validation", "pool", *(("test", "predict") if self._demonstrates else ()))
         self._encoded = {key: data for key, data in self._encoded.items() if key[0] not in stale}
 
     def numbers(self, stage: str) -> list[int]:
@@ -95,11 +105,16 @@ class FewShotDataModule(TaskDataModule):
         if stage not in ("train", "validation"):
             raise UsageError(f"stage is {stage!r}; allowed: train, validation, which read shots")
         if self._numbers is None:
-            if self._pool is None:
-                self._pool = read_pool(super().source("train"), self.kind)
             classes = self.kind.classes() if self.shots_mode == "per_class" else ()
-            self._numbers = draw(self._pool, self.shots, self.shot_seed, classes)
+            self._numbers = draw(self.pool, self.shots, self.shot_seed, classes)
         return self._numbers[stage == "validation"]
+
+    @property
+    def pool(self) -> Pool:
+        """The labelled rows of the training split, which shots are drawn from."""
+        if self._pool is None:
+            self._pool = read_pool(super().source("train"), self.kind)
+        return self._pool
 
     def regime(self) -> dict[str, Any]:
         """Return what is drawn, and why so, as plain values for the record of a run."""
@@ -115,6 +130,11 @@ class FewShotDataModule(TaskDataModule):
         if split in ("train", "validation"):
             what = f"{self.shots} shots of seed {self.shot_seed}, {split}"
             return select(super().source("train"), self.kind, self.numbers(split), what)
+        if split == "pool":
+            drawn = [*self.numbers("train"), *self.numbers("validation")]
+            rows = self.pool.others(drawn, self.calibration_rows, self.shot_seed)
+            what = f"{len(rows)} rows beside the shots of seed {self.shot_seed}"
+            return select(super().source("train"), self.kind, rows, what)
         source = super().source(split)
         if split != "test" or self.test_rows is None:
             return source
@@ -130,6 +150,16 @@ class FewShotDataModule(TaskDataModule):
         if self._demonstrates and not self._shown:
             self._show()
         return super().load(split)
+
+    def unlabelled(self, stage: str) -> Encoded:
+        """Return the encoded rows of a stage without labels, for ``train`` what ``calibration`` says.
+
+        Raises:
+            DataError: also if there are fewer rows than wanted.
+        """
+        if self._demonstrates and not self._shown:
+            self._show()
+        return super().unlabelled("pool" if stage == "train" and self.calibration == "pool" else stage)
 
     @property
     def _demonstrates(self) -> bool:

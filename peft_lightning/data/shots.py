@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,24 @@ class Pool:
         """Return the places of all rows in the order of ``seed``."""
         places = [_digest(b"%d " % seed + key) for key in self.keys]
         return sorted(range(len(places)), key=lambda row: (places[row], self.numbers[row]))
+
+    def others(self, numbers: Collection[int], count: int, seed: int) -> list[int]:
+        """Return the numbers of ``count`` rows with other inputs than ``numbers``, in the order of ``seed``.
+
+        No two have the same inputs; all there are, if there are fewer.
+
+        Raises:
+            DataError: there is none.
+        """
+        chosen = set(numbers)
+        taken = {inputs for number, inputs in zip(self.numbers, self.inputs, strict=True) if number in chosen}
+        found: dict[bytes, int] = {}
+        for row in self.order(seed):
+            if len(found) < count and self.inputs[row] not in taken:
+                found.setdefault(self.inputs[row], self.numbers[row])
+        if not found:
+            raise DataError(f"{self.name}: has no row beside the shots and the dev shots; wanted: {count}")
+        return list(found.values())
 
 
 def read_pool(source: Source, kind: Kind) -> Pool:

@@ -124,6 +124,34 @@ class TaskDataModule(SplitDataModule):
         """Return the batches to predict of this rank, without labels."""
         return self.loader("predict")
 
+    def calibration_dataloader(self, stage: str = "train") -> Loader:
+        """Return this rank's batches of a stage's rows in a random order, without labels.
+
+        For what looks at inputs only; rows need no label, and loaders of the stage itself stay where they are.
+
+        Raises:
+            UsageError: an option leads to no data.
+            DataError: the data cannot be used.
+        """
+        data = self.unlabelled(stage)
+        sampler = self.sampler(data.lengths(), self.batch_size, shuffle=True, seed=self.seed)
+        return Loader(self._collate(data), sampler, workers=self.workers)
+
+    def unlabelled(self, stage: str) -> Encoded:
+        """Return the encoded rows of a stage without labels; raises as :meth:`load` does."""
+        key = (stage, (self._tokenizer_choice, "without labels"))
+        if key not in self._encoded:
+            self._encoded[key] = encode_split(
+                self.source(stage),
+                self.kind,
+                self.tokenizer,
+                max_length=self.max_length,
+                labelled=False,
+                references=False,
+                folder=cache_folder(self.cache_dir),
+            )
+        return self._encoded[key]
+
     def labels(self, stage: str) -> Tensor:
         """Return all labels of ``stage`` (train, validation or test), in the order of its rows.
 

@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lightning.backbones.build import as_backbone_config
+from peft_lightning.backbones.build import BackboneConfig, as_backbone_config
 from peft_lightning.errors import CheckpointError, UsageError
-from peft_lightning.exchange.base import base_model, check_base, check_sites, note_on_name, with_pooler
+from peft_lightning.exchange.base import base_model, with_pooler
 from peft_lightning.exchange.notes import ExchangeWarning
-from peft_lightning.files.adapterhub import read_adapterhub
-from peft_lightning.files.foreign import ForeignAdapter, read_json
-from peft_lightning.files.hf_peft import read_peft
+from peft_lightning.files.base_model import check_base, check_sites, note_on_name
+from peft_lightning.files.foreign import ForeignAdapter
 from peft_lightning.files.manifest import MANIFEST_KEY
+from peft_lightning.files.sources import foreign_reader
 from peft_lightning.files.strict import check_tensors
 from peft_lightning.layers.adapters import AdapterConfig
 from peft_lightning.methods.sparse_adapter import PruneConfig, SparseAdapterModule
+from peft_lightning.task_module import TaskModule
 
-__all__ = ["head_is_new", "import_adapter"]
+__all__ = ["head_is_new", "import_adapter", "module_of"]
 
 _RECORD = "imported"
 
@@ -66,17 +67,7 @@ def import_adapter(
     )
     check_sites(given, here, folder)
     given = with_pooler(given, config, folder)
-    style = "dense" if given.head is None or "dense.weight" in given.head else "linear"
-    if given.head is not None and options.get("head", style) != style:
-        raise UsageError(f"head = {options['head']!r}: the folder's head is {style!r}; leave the option out")
-    prune, adapter = _settings(given, folder)
-    module = SparseAdapterModule(task=task, backbone=config, adapter=adapter, prune=prune, **{"head": style, **options})
-    _check_classes(given, module, folder)
-    module.configure_model()
-    if "max_length" not in options:  # what fits a large backbone may be too long for this one
-        module.max_length = min(module.max_length, module.positions() or module.max_length)
-        module.record(max_length=module.max_length)
-    _fill(module, given, folder)
+    module = module_of(given, task=task, backbone=config, what=folder, **options)
     notes = [*given.notes, *note_on_name(given, here)]
     if given.head is None:
         notes.append("the head is new, so train it before use")
@@ -86,7 +77,39 @@ def import_adapter(
     return module.eval()
 
 
-def head_is_new(module: SparseAdapterModule) -> bool:
+def module_of(
+    given: ForeignAdapter, *, task: Any, backbone: BackboneConfig, what: Path, **options: Any
+) -> SparseAdapterModule:
+    """A module that holds an adapter given as plain values, and its head, or a new one where it has none.
+
+    Args:
+        given: the adapter.
+        task: name of a row of the task table, or a row.
+        backbone: the model that the adapter was made for.
+        what: for messages.
+        options: as of :func:`import_adapter`.
+
+    Raises:
+        CheckpointError: if tensors, masks or classes do not fit.
+        UsageError: if an option is wrong.
+    """
+    style = "dense" if given.head is None or "dense.weight" in given.head else "linear"
+    if given.head is not None and options.get("head", style) != style:
+        raise UsageError(f"head = {options['head']!r}: the folder's head is {style!r}; leave the option out")
+    prune, adapter = _settings(given, what)
+    module = SparseAdapterModule(
+        task=task, backbone=backbone, adapter=adapter, prune=prune, **{"head": style, **options}
+    )
+    _check_classes(given, module, what)
+    module.configure_model()
+    if "max_length" not in options:  # what fits a large backbone may be too long for this one
+        module.max_length = min(module.max_length, module.positions() or module.max_length)
+        module.record(max_length=module.max_length)
+    _fill(module, given, what)
+    return module
+
+
+def head_is_new(module: TaskModule) -> bool:
     """Whether the head is still the random one that an import began with."""
     record = module.run_config.get(_RECORD)
     return isinstance(record, dict) and record.get("new_head") == _digest(module.head)
@@ -94,20 +117,9 @@ def head_is_new(module: SparseAdapterModule) -> bool:
 
 def _reader(folder: Path) -> Any:
     """The reader of the format that a folder is in."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder")
-    if (folder / "manifest.json").exists():
+    if folder.is_dir() and (folder / "manifest.json").exists():
         raise UsageError(f"{folder}: is an adapter of peft_lightning already; load() reads it")
-    if (folder / "adapter_fusion_config.json").exists():
-        raise CheckpointError(f"{folder}: is an AdapterFusion, which cannot be represented here; import its adapters")
-    if not (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder}: holds no adapter_config.json, as AdapterHub's library and PEFT write it")
-    config = read_json(folder / "adapter_config.json")
-    if "peft_type" in config:
-        return read_peft
-    if "config" in config:
-        return read_adapterhub
-    raise CheckpointError(f"{folder}: adapter_config.json is neither PEFT's (peft_type) nor AdapterHub's (config)")
+    return foreign_reader(folder)
 
 
 def _settings(given: ForeignAdapter, folder: Path) -> tuple[PruneConfig, AdapterConfig]:

@@ -20,6 +20,8 @@ from peft_lightning.files.foreign import ForeignAdapter
 from peft_lightning.files.hf_peft import write_peft
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file, write_adapter
 from peft_lightning.loading import load
+from peft_lightning.methods.fusion import FusionModule
+from peft_lightning.methods.mera import MerAModule
 from peft_lightning.methods.prune_lora import PruneLoRAModule
 from peft_lightning.methods.sparse_adapter import SparseAdapterModule
 from peft_lightning.pretrain_module import PretrainModule
@@ -28,17 +30,21 @@ __all__ = ["FORMATS", "export_adapter"]
 
 _FITTING: dict[type[nn.Module], tuple[str, ...]] = {
     SparseAdapterModule: ("adapterhub", "peft", "peft_lightning"),
+    MerAModule: ("adapterhub", "peft", "peft_lightning"),
+    FusionModule: ("peft_lightning",),
     PruneLoRAModule: ("peft", "peft_lightning", "transformers", "onnx"),
     PretrainModule: ("transformers",),
 }
 _HEADLESS = "the head stays behind; to take it along, set head (command line: with, Python: True)"
 FORMATS = tuple(dict.fromkeys(name for names in _FITTING.values() for name in names))
-"""What can be written. ``load`` reads our own (peft_lightning), ``import_adapter`` the first two of a SparseAdapter,
-and ``load_pruned`` what Prune-LoRA wrote for PEFT and transformers."""
+"""What can be written. ``load`` reads our own (peft_lightning), ``import_adapter`` the first two of SparseAdapter and
+MerA, and ``load_pruned`` what Prune-LoRA wrote for PEFT and transformers."""
+
+_Exportable = SparseAdapterModule | MerAModule | FusionModule | PruneLoRAModule | PretrainModule
 
 
 def export_adapter(
-    source: str | Path | SparseAdapterModule | PruneLoRAModule | PretrainModule,
+    source: str | Path | _Exportable,
     folder: str | Path,
     *,
     format: str,
@@ -79,6 +85,8 @@ def export_adapter(
             raise UsageError(f"head = {head}: a pretrained model always has its head")
         module.export(folder)
         return
+    if isinstance(module, MerAModule):
+        module.require_merged("export")
     if isinstance(module, PruneLoRAModule) and module.plan is None:
         raise UsageError("PruneLoRAModule: has not decided yet what goes; fit it first, or give importance.file")
     with fresh_folder(folder) as fresh:
@@ -87,12 +95,17 @@ def export_adapter(
         warnings.warn(f"{folder}: {note}", ExchangeWarning, stacklevel=2)
 
 
-def _write(fresh: Path, module: SparseAdapterModule | PruneLoRAModule, format: str, head: bool | None) -> list[str]:
+def _write(
+    fresh: Path,
+    module: SparseAdapterModule | MerAModule | FusionModule | PruneLoRAModule,
+    format: str,
+    head: bool | None,
+) -> list[str]:
     """Fill the folder; returns what the user should know."""
-    if format == "peft_lightning":
+    if format == "peft_lightning" or isinstance(module, FusionModule):
         write_adapter(fresh, module.owned_state(), module.manifest())
         return []
-    if isinstance(module, SparseAdapterModule):
+    if isinstance(module, SparseAdapterModule | MerAModule):
         is_new = head_is_new(module)
         if format == "adapterhub":
             goes = not is_new and module.kind.classifies if head is None else head
@@ -109,22 +122,22 @@ def _write(fresh: Path, module: SparseAdapterModule | PruneLoRAModule, format: s
     return [_HEADLESS] if head is None else []
 
 
-def _module(source: Any, backbone: Any) -> SparseAdapterModule | PruneLoRAModule | PretrainModule:
+def _module(source: Any, backbone: Any) -> _Exportable:
     module = source
     if not isinstance(source, nn.Module):
         run_config = read_file(source)[MANIFEST_KEY].get("run_config")
         module = load(source, backbone=backbone)
         module.run_config = run_config if isinstance(run_config, dict) else {}
-    if not isinstance(module, SparseAdapterModule | PruneLoRAModule | PretrainModule):
+    if not isinstance(module, _Exportable):
         raise UsageError(
-            f"{type(module).__name__}: has no adapters; SparseAdapterModule, PruneLoRAModule and SCTDPretrainModule "
-            "can be exported"
+            f"{type(module).__name__}: has no adapters; SparseAdapterModule, MerAModule, FusionModule, PruneLoRAModule "
+            "and SCTDPretrainModule can be exported"
         )
     module.configure_model()
     return module
 
 
-def _foreign(module: SparseAdapterModule, with_head: bool) -> ForeignAdapter:
+def _foreign(module: SparseAdapterModule | MerAModule, with_head: bool) -> ForeignAdapter:
     """What a module trained, as plain values.
 
     Raises:
@@ -132,6 +145,7 @@ def _foreign(module: SparseAdapterModule, with_head: bool) -> ForeignAdapter:
     """
     if with_head and not module.kind.classifies:
         raise UsageError(f"head = True: other libraries have no words for the head of kind {module.task.kind}")
+    assert module.adapter is not None
     backbone: Any = module.backbone
     state = {
         name.removeprefix("backbone."): tensor.detach().cpu().clone()
@@ -144,7 +158,7 @@ def _foreign(module: SparseAdapterModule, with_head: bool) -> ForeignAdapter:
         adapter=module.adapter,
         tensors={name: tensor for name, tensor in state.items() if not name.endswith("_mask")},
         masks={name.removesuffix("_mask"): tensor for name, tensor in state.items() if name.endswith("_mask")},
-        prune=asdict(module.prune),
+        prune=asdict(module.prune) if isinstance(module, SparseAdapterModule) else {},
         head=head if with_head else None,
         labels=tuple(module.task.labels) or None,
         base={

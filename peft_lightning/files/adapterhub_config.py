@@ -283,9 +283,10 @@ def reduction_factor(hidden: int, inner: int) -> int | float:
     if hidden % inner == 0:
         return hidden // inner
     for decimals in range(1, 16):
-        factor = math.floor(hidden / inner * 10**decimals) / 10**decimals
-        if factor > 0 and int(hidden // factor) == inner:
-            return factor
+        most = math.floor(hidden / inner * 10**decimals)
+        for factor in (most / 10**decimals, (most - 1) / 10**decimals):  # a float may lie above what it stands for
+            if factor > 0 and int(hidden // factor) == inner:
+                return factor
     raise CheckpointError(f"no reduction factor gives a bottleneck of {inner} at width {hidden}")
 
 

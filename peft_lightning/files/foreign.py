@@ -43,6 +43,7 @@ class ForeignAdapter:
         base: what is known of the base model: model_type, hidden_size, num_hidden_layers, and model_name.
         rule: which modules the file says it changes, in the words of its format.
         notes: settings that a reader did not take over, one line each.
+        origin: where it comes from, plain values; only ``read_source`` fills it in.
     """
 
     adapter: AdapterConfig
@@ -54,6 +55,7 @@ class ForeignAdapter:
     base: dict[str, Any] = field(default_factory=dict)
     rule: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -31,6 +31,8 @@ class SideBySide(SiteLayer):
     Attributes:
         observer: called with every adapter's inner values before and after the nonlinearity, ``[B, L, R]`` each, in
             the order of the adapters; None: nobody looks.
+        spread: int64 ``[n B]``: the row of the batch that each row of the blocks is; None: the batch is the blocks
+            already.
     """
 
     def __init__(self, adapters: Sequence[Bottleneck]) -> None:
@@ -44,6 +46,7 @@ class SideBySide(SiteLayer):
             for adapter in self._unregistered
         )
         self.observer: Callable[[list[Tensor], list[Tensor]], None] | None = None
+        self.spread: Tensor | None = None
 
     def plus(self, base_BLD: Tensor, input_BLD: Tensor) -> Tensor:
         """``[n B, L, D]``: the base plus each adapter's scaled output for its block of the input.
@@ -52,6 +55,8 @@ class SideBySide(SiteLayer):
             UsageError: if the batch does not fall into n blocks.
         """
         count = len(self._unregistered)
+        if self.spread is not None:
+            base_BLD, input_BLD = base_BLD[self.spread], input_BLD[self.spread]
         if len(input_BLD) % count:
             raise UsageError(f"a batch of {len(input_BLD)} rows does not fall into {count} blocks")
         if self._alike and self.observer is None:
@@ -95,7 +100,7 @@ def attach_side_by_side(
     Raises:
         UsageError: if the adapters' sites differ, or are none of this kind's in this backbone.
     """
-    sites = {site.path: site for site in find_sites(backbone, kind)}
+    sites = {site.path: site for site in find_sites(backbone, kind, cross=kind == "houlsby")}
     first = groups[0].keys()
     for group in groups:
         if group.keys() != first or not group.keys() <= sites.keys():

@@ -11,7 +11,7 @@ from typing import Any
 from peft_lightning.backbones.toy import TOY_WORDS
 from peft_lightning.data.toy import toy_rows
 from peft_lightning.tasks.table import get_task
-from tests.toy import build, data, tiny
+from tests.toy import TASK_METHODS, build, data, tiny, toy_sources
 
 Row = dict[str, Any]
 Rows = dict[str, list[Row]]
@@ -20,6 +20,8 @@ SIZES = {"train": 2048, "validation": 256, "test": 64}
 _ADDED: dict[str, Any] = {"optim": {"lr": 1e-2, "warmup": 0.3}}
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "FineTuneModule": {"optim": {"lr": 2e-3}},
+    "FusionModule": {**_ADDED, "penalty": 1e-4},  # what random adapters give must be bent
+    "MerAModule": _ADDED,
     "PruneLoRAModule": {**_ADDED, "lora": {"rank": 16, "high_rank": 16, "init_std": 0.1}},
     "SparseAdapterModule": {**_ADDED, "adapter": {"init_std": 0.1}},
 }
@@ -28,6 +30,13 @@ PAIR_OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("generate", "SparseAdapterModule"): {"adapter": {"init_std": 0.2, "cross": True}},
 }
 PAIR_EPOCHS = {("regress", "SparseAdapterModule"): 6}
+# These put adapters where SparseAdapter does, from the same layers: the kinds that ask most of them, instead of all.
+SOME_KINDS = {"FusionModule": ("classify", "tags"), "MerAModule": ("generate", "prompt")}
+# What their sources are like.
+SOURCES: dict[str, dict[str, Any]] = {
+    "generate": {"bottleneck": 64, "init_std": 0.2, "cross": True},
+    **dict.fromkeys(("classify", "tags", "prompt"), {"bottleneck": 64}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +76,11 @@ TOYS = {
 }
 
 
+def pairs() -> list[tuple[str, Any]]:
+    """Kinds with the methods that are tried on them."""
+    return [(kind, m) for kind in TOYS for m in TASK_METHODS if kind in SOME_KINDS.get(m.__name__, TOYS)]
+
+
 def epochs_of(kind: str, method: Any) -> int:
     """How long a method learns a kind's toy task."""
     return PAIR_EPOCHS.get((kind, method.__name__), TOYS[kind].epochs)
@@ -77,6 +91,8 @@ def module_of(kind: str, method: Any, **options: Any) -> Any:
     toy, name = TOYS[kind], method.__name__
     given = {**METHOD_OPTIONS.get(name, {}), **PAIR_OPTIONS.get((kind, name), {})}
     backbone = writer(toy.spread) if kind == "generate" else reader(toy.spread)
+    if name in SOME_KINDS:
+        given["sources"] = toy_sources(backbone, SOURCES[kind], SOURCES[kind])
     return build(method, task=toy.task, backbone=backbone, dropout=0.0, **{**given, **options})
 
 

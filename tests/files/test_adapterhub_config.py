@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peft_lightning.errors import CheckpointError
@@ -200,6 +200,7 @@ def test_kinds_and_places_without_words() -> None:
 
 
 @given(st.integers(1, 2048), st.integers(1, 4096))
+@example(16, 5)  # 16 / 5 as a float is more than that, and gives 4
 def test_a_reduction_factor_gives_its_bottleneck(hidden: int, inner: int) -> None:
     factor = reduction_factor(hidden, inner)
     assert bottleneck_of(hidden, factor, "file") == inner

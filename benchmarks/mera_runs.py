@@ -1,0 +1,136 @@
+"""From a plan to its file of cells: sources, the choice on held splits, and the splits that are reported.
+
+Everything is done once: sources lie in a folder named after all that decides them, and a study takes up its own cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.mera_arms import Arm, Plan
+from benchmarks.mera_backbone import PRETRAINED, model_of
+from benchmarks.mera_cells import Results
+from benchmarks.mera_choice import choose_rates, choose_singles, table_cells
+from benchmarks.mera_grids import grid, single_name
+from benchmarks.mera_sources import SOURCES, train_missing
+from peft_lightning.study.grid import read_grid
+from peft_lightning.study.records import RunRecord
+from peft_lightning.study.runner import run_study
+
+__all__ = ["run_plan"]
+
+_Cells = list[dict[str, Any]]
+
+
+def run_plan(
+    name: str,
+    plan: Plan,
+    scratch: Path,
+    environment: dict[str, Any],
+    say: Console,
+    *,
+    given: str | None = None,
+    tiny: bool = False,
+) -> Results:
+    """Do what is not done yet of a plan, and return what its tables are made of.
+
+    Args:
+        name: of the plan.
+        plan: what is compared.
+        scratch: folder of models, sources and cells.
+        environment: of the records.
+        say: where to say how it goes.
+        given: folder or hub name of a backbone that takes the plan's place.
+        tiny: toy data and backbone.
+    """
+    model = model_of(plan.backbone, scratch, environment, say, given=given, tiny=tiny)
+    sources = train_missing(plan.sources(), scratch / "sources", model, environment, say, tiny)
+    few_words = given is None and plan.backbone == PRETRAINED
+    folders = {source: folder for source, (folder, _) in sources.items()}
+    common: dict[str, Any] = {"folders": folders, "model": model, "few_words": few_words, "tiny": tiny}
+    home = scratch / f"table-{name}"
+    held = _held(plan, home, common)
+    rates = choose_rates(plan, held)
+    singles = choose_singles(plan, held, rates, single_name)
+    say.print(f"chosen on held splits: {rates} {singles}")
+    found: _Cells = []
+    for mode, arms in plan.modes.items():
+        values = grid(
+            plan,
+            arms,
+            seeds=plan.seeds,
+            rates={arm.name: (rates[arm.family],) for arm in arms},
+            singles={task: (source,) for task, source in singles.items()},
+            report=True,
+            **common,
+        )
+        found += _cells(values, home / f"report-{mode}")
+    failed = [
+        f"{cell['cell']['method']} on {cell['cell']['task']}: {cell['error']}" for cell in found if "error" in cell
+    ]
+    if failed:
+        say.print(f"{len(failed)} cells failed; the first: {failed[0]}")
+    cells, truths = table_cells(cell for cell in found if "error" not in cell)
+    seconds = sum(cell["seconds"] for cell in [*held, *found])
+    facts = {
+        "rates": rates,
+        "singles": singles,
+        "minutes": round(seconds / 60, 1),
+        "held_minutes": round(sum(cell["seconds"] for cell in held) / 60, 1),
+        "held_cells": len(held),
+        "failed": failed,
+        "sources": {source: _facts(source, record) for source, (_, record) in sources.items()},
+        "backbone": {"name": Path(model.name).name if model.name else "toy", "dtype": model.dtype},
+    }
+    return Results(table=name, environment=environment, facts=facts, truths=truths, cells=cells)
+
+
+def _held(plan: Plan, home: Path, common: Mapping[str, Any]) -> _Cells:
+    """The cells of the splits that are not reported: of arms that something is to be chosen for."""
+    found: _Cells = []
+    for mode, arms in plan.modes.items():
+        chosen = [arm for arm in arms if arm.main and _open(plan, arm)]
+        if chosen:
+            values = grid(
+                plan,
+                chosen,
+                seeds=plan.held,
+                rates={arm.name: plan.rates[arm.method] for arm in chosen},
+                singles={task: _singles(chosen, task) for task in plan.tasks},
+                report=False,
+                **common,
+            )
+            found += _cells(values, home / f"held-{mode}")
+    return found
+
+
+def _open(plan: Plan, arm: Arm) -> bool:
+    return arm.preset == "single" or len(plan.rates[arm.method]) > 1
+
+
+def _singles(arms: Sequence[Arm], task: str) -> tuple[str, ...]:
+    return next((arm.sources(task) for arm in arms if arm.preset == "single"), ())
+
+
+def _cells(values: dict[str, Any], folder: Path) -> _Cells:
+    """Run a grid, or take up its cells; the folder may hold others from before."""
+    return run_study(read_grid(values), folder)
+
+
+def _facts(name: str, record: RunRecord) -> dict[str, Any]:
+    metric = str(record.data["metric"])
+    return {
+        "track": SOURCES[name].track,
+        "rows": record.data["train_rows"],
+        "removed": record.data["removed_rows"],
+        "metric": metric,
+        "score": round(record.results[metric], 4),
+        "majority": round(record.results["majority"], 4),
+        "seconds": round(record.seconds),
+        "seed": record.seeds["module"],
+        "adapter": record.model["adapter"],
+    }

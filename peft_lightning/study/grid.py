@@ -1,0 +1,284 @@
+"""What a study consists of, as a user writes it: backbone, data, tasks, seeds, rates, epochs and methods.
+
+Every combination is a cell. What the parts of a cell share is said once and may be refined: a task refines the data, a
+method the rates and epochs, a variant or a task the method's arguments.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from peft_lightning import methods
+from peft_lightning.backbones.build import as_backbone_config
+from peft_lightning.checks import check_choices, check_types
+from peft_lightning.errors import UsageError
+from peft_lightning.task_module import TaskModule
+from peft_lightning.tasks.table import get_task
+
+__all__ = ["DataRegime", "Grid", "MethodGrid", "merged_settings", "read_grid"]
+
+_GIVEN = {
+    "self": "",
+    "task": "the grid's tasks",
+    "seed": "the grid's seeds",
+    "max_length": "the grid's data",
+}
+_PER_TASK = ("init_args", "variants")
+_Concept = TypeVar("_Concept")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRegime:
+    """How a task is read; the fields are options of ``FewShotDataModule``.
+
+    Attributes:
+        task: name of a row of the task table, or the fields of a row; null: the name that the grid gives it.
+        root: a folder that holds the task's folder.
+        splits: from a stage to the split it reads, where not the task's own.
+        shots: numbers K of shots, a cell each.
+        shots_mode: per_class or total.
+        test_rows: how many rows are reported on at most; all if null.
+        batch_size: rows of a training batch.
+        eval_batch_size: rows that are read at once where nothing trains, of all cells together.
+        max_length: tokens of a row at most.
+        cache_dir: of the encoded splits.
+
+    Raises:
+        UsageError: a value is not allowed.
+    """
+
+    task: str | dict[str, Any] | None = None
+    root: str | None = None
+    splits: dict[str, str] | None = None
+    shots: list[int] = field(default_factory=lambda: [10])
+    shots_mode: str = "per_class"
+    test_rows: int | None = None
+    batch_size: int = 8
+    eval_batch_size: int = 64
+    max_length: int = 128
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "data")
+        _numbers("data.shots", self.shots, int, 1)
+        for name in ("batch_size", "eval_batch_size", "test_rows"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"data.{name} = {value}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodGrid:
+    """A method and what is varied of it.
+
+    Attributes:
+        class_path: a method of this package by its name, or ``package.module.Class``.
+        init_args: its arguments; ``backbone`` holds what differs from the grid's.
+        variants: name -> arguments over these, a cell each.
+        per_task: task -> ``init_args`` over these, and ``variants`` instead of these.
+        lr: rates instead of the grid's.
+        epochs: instead of the grid's.
+        precision: instead of the grid's.
+
+    Raises:
+        UsageError: a value is not allowed.
+    """
+
+    class_path: str
+    init_args: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    per_task: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lr: list[float] | None = None
+    epochs: list[int] | None = None
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "method")
+        _check_ranges(self, "method")
+        for task, given in self.per_task.items():
+            _known(given, _PER_TASK, f"per_task.{task}")
+        for arguments in self._arguments():
+            self._check_arguments(arguments)
+
+    @property
+    def method(self) -> type[TaskModule]:
+        """The class itself.
+
+        Raises:
+            UsageError: there is none, or it is no method for a labelled task.
+        """
+        module, _, name = self.class_path.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module) if module else methods, name)
+        except (ImportError, AttributeError, ValueError) as error:
+            allowed = ", ".join(methods.__all__)
+            raise UsageError(f"class_path = {self.class_path!r}: must be {allowed}, or a path ({error})") from None
+        if not (isinstance(found, type) and issubclass(found, TaskModule)):
+            raise UsageError(f"class_path = {self.class_path!r}: must be a method for a labelled task")
+        return found
+
+    def arguments(self, task: str) -> dict[str, dict[str, Any]]:
+        """Variant -> arguments for a task; a method without variants has one, called default."""
+        here = self.per_task.get(task, {})
+        common = merged_settings(self.init_args, here.get("init_args", {}))
+        variants = here.get("variants", self.variants) or {"default": {}}
+        return {name: merged_settings(common, given) for name, given in variants.items()}
+
+    def _arguments(self) -> list[Any]:
+        given: list[Any] = [self.init_args, *self.variants.values()]
+        for here in self.per_task.values():
+            variants = here.get("variants", {})
+            if not isinstance(variants, Mapping):
+                raise UsageError(f"per_task: variants = {variants!r}: must be a mapping from names to arguments")
+            given += [here.get("init_args", {}), *variants.values()]
+        return given
+
+    def _check_arguments(self, arguments: Any) -> None:
+        allowed = [name for name in inspect.signature(self.method.__init__).parameters if name not in _GIVEN]
+        if not isinstance(arguments, Mapping):
+            raise UsageError(f"arguments of {self.class_path} = {arguments!r}: must be a mapping")
+        for name in arguments:
+            if name not in allowed:
+                instead = f"; it follows from {_GIVEN[name]}" if name in _GIVEN else ""
+                raise UsageError(f"{self.class_path} has no argument {name!r} here; allowed: {', '.join(allowed)}{instead}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A whole study.
+
+    Attributes:
+        backbone: of all methods: a name, or the fields of a ``BackboneConfig``.
+        data: of all tasks, fields of a :class:`DataRegime`.
+        tasks: names, or name -> what differs from ``data``.
+        seeds: of the data splits; each is the module's and the order's as well.
+        lr: rates.
+        epochs: 0: what a method is before its first step, with whatever it decides before it.
+        methods: name -> method.
+        side_by_side: cells in one batch at most, where their shapes allow it.
+        select: last (weights of the last epoch) or best (of the epoch that was best on the dev shots).
+        precision: 32-true or bf16-mixed.
+        device: auto, cpu or cuda.
+
+    Raises:
+        UsageError: a value is not allowed.
+    """
+
+    backbone: str | dict[str, Any]
+    tasks: list[Any] | dict[str, Any]
+    methods: dict[str, Any]
+    data: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [13, 21, 42, 87, 100])
+    lr: list[float] = field(default_factory=lambda: [1e-3])
+    epochs: list[int] = field(default_factory=lambda: [10])
+    side_by_side: int = 8
+    select: str = "last"
+    precision: str = "32-true"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_types(self, "study")
+        check_choices(self, "study", select=("last", "best"), device=("auto", "cpu", "cuda"))
+        _check_ranges(self, "study")
+        _numbers("study.seeds", self.seeds, int, 0)
+        if self.side_by_side < 1:
+            raise UsageError(f"study.side_by_side = {self.side_by_side}: must be at least 1")
+        as_backbone_config(self.backbone_fields)
+        for name in ("tasks", "methods"):
+            if not getattr(self, name):
+                raise UsageError(f"study.{name} is empty; allowed: at least one")
+        for name, method in self.method_grids.items():
+            if odd := sorted(set(method.per_task) - self.regimes.keys()):
+                raise UsageError(f"methods.{name}.per_task has {odd[0]!r}; allowed: {', '.join(self.regimes)}")
+
+    @property
+    def backbone_fields(self) -> dict[str, Any]:
+        """The backbone as fields of a ``BackboneConfig``."""
+        return {"name": self.backbone} if isinstance(self.backbone, str) else self.backbone
+
+    @property
+    def regimes(self) -> dict[str, DataRegime]:
+        """Task -> its data."""
+        listed = self.tasks if isinstance(self.tasks, dict) else {_name(task): {} for task in self.tasks}
+        if len(listed) < len(self.tasks):
+            raise UsageError(f"study.tasks = {self.tasks}: must name each task once")
+        found = {}
+        for name, given in listed.items():
+            values = {"task": name, **self.data, **_mapping(given or {}, f"tasks.{name}")}
+            found[name] = _concept(DataRegime, values, f"data of {name}")
+            get_task(found[name].task or name)
+        return found
+
+    @property
+    def method_grids(self) -> dict[str, MethodGrid]:
+        """Name -> method."""
+        return {name: _concept(MethodGrid, given, f"methods.{name}") for name, given in self.methods.items()}
+
+
+def read_grid(values: Any) -> Grid:
+    """A grid from what a YAML file holds.
+
+    Raises:
+        UsageError: an option is unknown, missing, or has a value that is not allowed; in one line that names it.
+    """
+    return _concept(Grid, values, "study")
+
+
+def merged_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The first mapping with the second's values in place of its own, mapping by mapping."""
+    merged = dict(first)
+    for name, value in second.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = merged_settings(merged[name], value) if both else value
+    return merged
+
+
+def _concept(kind: type[_Concept], values: Any, where: str) -> _Concept:
+    given = _mapping(values, where)
+    known = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]
+    _known(given, tuple(known), where)
+    try:
+        return kind(**given)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}" if where != "study" else str(error)) from None
+    except TypeError as error:
+        lacking = [name for name in inspect.signature(kind).parameters if name not in given]
+        raise UsageError(f"{where}: {error}; allowed beside what is given: {', '.join(lacking)}") from None
+
+
+def _mapping(values: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where} = {values!r:.100}: must be a mapping")
+    return values
+
+
+def _known(given: Any, allowed: Sequence[str], where: str) -> None:
+    if odd := [name for name in _mapping(given, where) if name not in allowed]:
+        raise UsageError(f"{where} has no option {odd[0]!r}; allowed: {', '.join(allowed)}")
+
+
+def _name(task: Any) -> str:
+    if not isinstance(task, str):
+        raise UsageError(f"study.tasks has {task!r}; allowed: names, or a mapping from names to what differs from data")
+    return task
+
+
+def _check_ranges(settings: Any, group: str) -> None:
+    if settings.lr is not None:
+        _numbers(f"{group}.lr", settings.lr, float, 0.0)
+    if settings.epochs is not None:
+        _numbers(f"{group}.epochs", settings.epochs, int, 0)
+    if settings.precision not in (None, "32-true", "bf16-mixed"):
+        raise UsageError(f"{group}.precision = {settings.precision!r}: must be 32-true or bf16-mixed")
+
+
+def _numbers(option: str, values: Sequence[Any], kind: type, least: float) -> None:
+    """A list of different numbers; of floats all above ``least``."""
+    kinds: tuple[type, ...] = (int, float) if kind is float else (int,)
+    good = all(type(value) in kinds and (value > least if kind is float else value >= least) for value in values)
+    if not values or not good or len(set(values)) < len(values):
+        what = "numbers above 0" if kind is float else f"whole numbers, at least {least:.0f}"
+        raise UsageError(f"{option} = {values!r}: must be a list of different {what}")

@@ -1,0 +1,103 @@
+"""What a study leaves in its folder: a JSON file a cell, written in one step, and what the cells are cells of.
+
+A cell's file holds ``cell`` (what it is in its grid), ``metric`` (the task's first), ``dev`` and ``test`` (metrics and
+loss), ``predictions`` and ``truths`` of the test rows, ``losses`` of the first steps, ``steps``, ``epoch`` (whose weights
+were measured), ``skipped_steps``, ``trained_parameters``, ``seconds``, ``side_by_side`` (cells that shared the batch) and
+``versions``; of a cell that failed, ``error`` instead of results.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_lightning import __version__
+from peft_lightning.atomic import atomic_write
+from peft_lightning.errors import DataError
+
+__all__ = ["StudyFolder", "majorities", "read_study", "versions", "write_json"]
+
+Record = dict[str, Any]
+
+
+class StudyFolder:
+    """The files of a study.
+
+    Args:
+        folder: made if needed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, digest: str) -> Path:
+        """Return the file of a cell."""
+        return self.folder / "cells" / f"{digest}.json"
+
+    def finished(self, digest: str) -> Record | None:
+        """Return a cell's record if it is there and did not fail; a damaged file counts as none."""
+        try:
+            record = json.loads(self.path(digest).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record if isinstance(record, dict) and "test" in record else None
+
+    def write(self, digest: str, record: Record) -> None:
+        """Write a cell's file.
+
+        Raises:
+            DataError: it cannot be written, or holds what JSON has no form for.
+        """
+        write_json(self.path(digest), record)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write plain values in one step.
+
+    Raises:
+        DataError: the disk refuses, or JSON has no form for a value.
+    """
+    try:
+        text = json.dumps(content, allow_nan=False)
+        atomic_write(path, lambda file: file.write(f"{text}\n".encode()))
+    except (OSError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: cannot be written ({error})") from error
+
+
+def read_study(folder: str | Path) -> list[Record]:
+    """Return the finished cells of a study's folder, in the order of its grid.
+
+    Raises:
+        DataError: the folder holds no study.
+    """
+    place, digests = StudyFolder(folder), _about(folder, "cells")
+    return [record for digest in digests if (record := place.finished(digest)) is not None]
+
+
+def majorities(folder: str | Path) -> dict[str, dict[str, float]]:
+    """Return task -> metrics of its majority class, of a study that has come to its end.
+
+    Raises:
+        DataError: the folder holds no such study.
+    """
+    return dict(_about(folder, "majority"))
+
+
+def _about(folder: str | Path, name: str) -> Any:
+    try:
+        return json.loads((Path(folder) / "study.json").read_text(encoding="utf-8"))[name]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: holds no study ({error!r})") from error
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Return what a result was made with."""
+    packages = {name: metadata.version(name) for name in ("torch", "lightning", "transformers")}
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"peft_lightning": __version__, "python": platform.python_version(), **packages, "device": name}

@@ -1,0 +1,64 @@
+"""Settings of a merge: presets, what may differ from them, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from peft_lightning.errors import UsageError
+from peft_lightning.functional.recipes import PRESETS
+from peft_lightning.layers.merge_config import MergeConfig
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_the_functional_ones_unless_told_otherwise(preset: str) -> None:
+    assert MergeConfig(preset=preset).resolve() == PRESETS[preset]
+    changed = MergeConfig(preset=preset, scale=0.5, recipe={"ridge": 0.1}).resolve()
+    assert (changed.scale, changed.ridge) == (0.5, 0.1)
+
+
+def test_a_reference_may_be_a_name() -> None:
+    config = MergeConfig(preset="acts", recipe={"reference": "imdb"})
+    assert config.resolve(["qnli", "imdb"]).reference == 1
+    assert MergeConfig(preset="acts", recipe={"reference": "medoid"}).resolve(["qnli"]).reference == "medoid"
+    with pytest.raises(UsageError, match="must be first, medoid, a number or one of a, b"):
+        config.resolve(["a", "b"])
+
+
+def test_options_of_updates() -> None:
+    config = MergeConfig(preset="svd", scale="sum", weights=[1, 2.0], recipe={"rank": 3})
+    wanted = {"method": "svd", "weights": [1, 2.0], "scale": "sum", "rank": 3, "density": 0.2, "seed": 0}
+    assert config.for_updates and config.update_options() == wanted
+    assert MergeConfig(preset="cat").update_options()["scale"] == "mean"
+    with pytest.raises(UsageError, match="merge.preset = 'svd': is for LoRA; bottleneck adapters have sum"):
+        config.resolve()
+    with pytest.raises(UsageError, match=r"merge.preset = 'acts\+': LoRA adapters have cat, svd, ties, dare"):
+        MergeConfig().update_options()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "preset": ({"preset": "mean"}, r"merge.preset = 'mean': must be one of sum, avg, wts, acts, acts\+, select, cat"),
+    "weights": ({"weights": [1.0, "2"]}, r"merge.weights = \[1.0, '2'\]: must be finite numbers"),
+    "infinite": ({"weights": [float("inf")]}, "must be finite numbers"),
+    "no list": ({"weights": 3.0}, "merge.weights = 3.0: must be of type"),
+    "scale": ({"scale": "median"}, "merge.scale = 'median': must be mean, sum or a number"),
+    "tokens": ({"tokens": 0}, "merge.tokens = 0: must be at least 1"),
+    "streams": ({"streams": "both"}, "merge.streams = 'both': must be one of own, shared"),
+    "unknown stage": ({"recipe": {"solve": "emd"}}, r"merge.recipe.solve: preset acts\+ has balance, align"),
+    "scale twice": ({"recipe": {"scale": "sum"}}, "merge.recipe.scale = 'sum': is merge.scale"),
+    "stage": ({"recipe": {"solver": "greedy"}}, "merge.solver = 'greedy': must be one of assignment"),
+    "pair": ({"preset": "avg", "recipe": {"width": 3}}, "merge.width = 3: merge.combine must be select"),
+    "rank of cat": ({"preset": "cat", "recipe": {"rank": 3}}, "merge.recipe.rank = 3: must be .* and cat takes none"),
+    "rank": ({"preset": "svd", "recipe": {"rank": 0}}, "merge.recipe.rank = 0: must be a whole number of at least 1"),
+    "density": ({"preset": "ties", "recipe": {"density": 1.5}}, "merge.recipe.density = 1.5: must be above 0"),
+    "seed": ({"preset": "dare", "recipe": {"seed": -1}}, "merge.recipe.seed = -1: must be a whole number"),
+    "of LoRA": ({"preset": "svd", "recipe": {"ridge": 1.0}}, "merge.recipe.ridge: preset svd has rank, density, seed"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case: str) -> None:
+    options, message = REFUSED[case]
+    with pytest.raises(UsageError, match=message):
+        MergeConfig(**options)
