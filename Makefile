@@ -4,7 +4,7 @@ BIN := .venv/bin
 TEST_ARGS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup encoder demo test lint bench-mera bench-mrpc bench-prune bench-sctd bench-sparse bench-speed bench-pretrain bench-tasks clean
+.PHONY: help setup encoder demo test lint bench-mera bench-merge bench-mrpc bench-prune bench-sctd bench-sparse bench-speed bench-pretrain bench-tasks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ bench-tasks: encoder  ## every kind of task on real data, and what SQuAD's data 
 
 bench-speed: encoder  ## step times against full fine-tuning
 	@$(BIN)/python -m benchmarks.speed
+
+bench-merge: .venv/.stamp  ## merging adapters: over a naive loop, over forward passes, and memory
+	@$(BIN)/python -m benchmarks.merge
 
 bench-pretrain: .venv/.stamp  ## step times, memory and packing of pretraining with token dropping
 	@$(BIN)/python -m benchmarks.pretrain

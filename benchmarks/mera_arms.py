@@ -90,7 +90,7 @@ class Plan:
         max_length: tokens of a row at most.
         test_rows: the same for all.
         backbone: minilm or sctd.
-        baseline: the arm that the others are compared with.
+        baseline: method of the arms that the others of their mode are compared with.
     """
 
     arms: tuple[Arm, ...]
@@ -108,6 +108,10 @@ class Plan:
     def __post_init__(self) -> None:
         if both := sorted(set(self.seeds) & set(self.held)):
             raise UsageError(f"held = {self.held}: seeds {both} are reported; choose on others")
+
+    def baseline_of(self, arm: Arm) -> Arm:
+        """Return what an arm is compared with."""
+        return next(a for a in self.arms if a.mode == arm.mode and self.baseline in (a.method, a.name))
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -140,9 +144,8 @@ class Plan:
 
 
 def _few(settings: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-    """Two tasks and two numbers of shots at most."""
-    tasks = list(dict.fromkeys(task for task, _ in settings))[:2]
-    return tuple({(task, 2 if shots == 10 else 4) for task, shots in settings if task in tasks and shots <= 30})
+    """Two tasks at most, with two shots each."""
+    return tuple((task, 2) for task in [*dict.fromkeys(task for task, _ in settings)][:2])
 
 
 _SCALES: dict[str, str | float] = {"mean": "mean", "2": 2.0, "sum": "sum"}
@@ -210,14 +213,13 @@ _TABLE1 = Plan(
 
 def _read(mode: str) -> tuple[Arm, ...]:
     arms = (_FULL, _FUSION, _ADAPTER, _merged("acts", "MerA Acts"), _merged("select", "Select"))
-    return tuple(replace(arm, name=f"{mode}/{arm.name}", mode=mode) for arm in arms)
+    return tuple(replace(arm, name=f"{mode}/{arm.name}", title=f"{arm.title}, {mode}", mode=mode) for arm in arms)
 
 
 _TABLE2 = Plan(
     arms=(*_read("head"), *_read("prompt"), *_read("prompt-demo")),
     settings=(("sst2", 30),),
     backbone="sctd",
-    baseline="head/adapter",
 )
 
 

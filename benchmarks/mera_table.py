@@ -64,24 +64,25 @@ def scores_table(results: Results, plan: Plan, arms: Sequence[Arm]) -> str:
 
 
 def gains_table(results: Results, plan: Plan, arms: Sequence[Arm]) -> str:
-    """Return a row an arm with how much it is above the plan's baseline, paired by split and test row.
+    """Return a row an arm with how much it is above the baseline of its mode, paired by split and test row.
 
     A star marks p below 0.05 after Holm's correction over the settings of the row.
     """
-    baseline = next(arm for arm in plan.arms if arm.name == plan.baseline)
     rows = []
     for arm in arms:
+        baseline = plan.baseline_of(arm)
         row = {s: estimate(results, arm, s, baseline) for s in plan.settings}
         if arm.name == baseline.name or not any(row.values()):
             continue
         corrected = holm({_head(s): entry.p for s, entry in row.items() if entry})
         shown = {_head(s): "" if e is None else _signed(e, corrected[_head(s)]) for s, e in row.items()}
-        rows.append({f"over {baseline.title.lower()}": arm.title, **shown})
+        rows.append({"over the baseline": arm.title, **shown})
     if not rows:
         raise DataError("there is no cell to compare with the baseline: run the benchmark first")
     return (
-        f"{markdown_table(rows)}\n\nPoints of accuracy, paired by split and test row; * p < 0.05 after Holm's "
-        "correction over the row."
+        f"{markdown_table(rows)}\n\nPoints of accuracy over {plan.baseline_of(arms[0]).title}, where tasks are read in "
+        "several ways that of the same way, paired by split and test row; * p < 0.05 after Holm's correction over the "
+        "row."
     )
 
 
@@ -163,6 +164,7 @@ def _context(results: Results, plan: Plan) -> str:
 def _failed(results: Results, plan: Plan, found: dict[str, dict[_Setting, Estimate | None]]) -> str:
     """Say where a dense arm does not beat the majority class clearly."""
     weak, none = [], []
+    baselines = {plan.baseline_of(arm).name for arm in plan.arms}
     for setting in plan.settings:
         scores = {name: entry.value for name, row in found.items() if (entry := row[setting])}
         if not scores:
@@ -170,7 +172,7 @@ def _failed(results: Results, plan: Plan, found: dict[str, dict[_Setting, Estima
         needed = majority(results, setting[0]) + _MARGIN
         if max(scores.values()) < needed:
             none.append(_head(setting))
-        elif scores.get(plan.baseline, 1.0) < needed:
+        elif any(scores.get(name, 1.0) < needed for name in baselines):
             weak.append(_head(setting))
     parts = []
     if none:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def test_a_panel_a_figure_and_a_line_a_place(drawn: list[Figure]) -> None:
         "norm / mean norm of the adapters",
         "output error against the mean",
     ]
-    cosine, _, error = figure.axes
+    cosine, _, error = cast(list[Any], figure.axes)
     assert [line.get_label() for line in cosine.lines] == ["attention.output", "output"]
     assert list(cosine.lines[0].get_xdata()) == [1, 2, 11]
     assert list(cosine.lines[0].get_ydata()) == pytest.approx([0.6, 0.7, 1.6])  # without the reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -17,11 +18,10 @@ BLUE, RED, GREY = (0x44, 0x77, 0xAA), (0xEE, 0x66, 0x77), (0x55, 0x55, 0x55)
 def _pixels(path: Path, colour: tuple[int, int, int]) -> list[tuple[int, int]]:
     """Column and row of each pixel of this colour in the first of two panels."""
     with Image.open(path) as picture:
-        width, pixels = picture.width, picture.convert("RGB").get_flattened_data()
-    left = ((i, pixel) for i, pixel in enumerate(pixels) if i % width < 0.42 * width)
+        width, pixels = picture.width, list[Any](picture.convert("RGB").get_flattened_data())
+    left = (i for i in range(len(pixels)) if i % width < 0.42 * width)
     # a thin line is drawn a little lighter
-    near = (i for i, pixel in left if max(abs(a - b) for a, b in zip(pixel, colour, strict=True)) < 30)
-    return [(i % width, i // width) for i in near]
+    return [(i % width, i // width) for i in left if max(abs(pixels[i][k] - colour[k]) for k in range(3)) < 30]
 
 
 def _curve(x: list[float], height: float, around: float) -> Curve:

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from PIL import Image
+from rich.console import Console
 
 from benchmarks import mera
 from benchmarks.mera_arms import MIXED, PLANS, Plan
@@ -17,10 +19,11 @@ from benchmarks.mera_cells import Cell, Results, pack, read_results, unpack
 from benchmarks.mera_choice import choose_rates, choose_singles, table_cells
 from benchmarks.mera_grids import grid, single_name
 from benchmarks.mera_plots import FIGURES, draw_figure
-from benchmarks.mera_sources import SOURCES, TARGETS, sources_of
+from benchmarks.mera_sources import SOURCES, TARGETS, sources_of, train_missing
 from benchmarks.mera_table import estimate, gains_table, majority, scores_table, sources_table
 from benchmarks.shared import ROOT, backbone
 from peft_lightning.errors import DataError, UsageError
+from peft_lightning.files.sources import read_source
 from peft_lightning.study.grid import read_grid
 from peft_lightning.study.statistics import mean_interval
 
@@ -85,6 +88,43 @@ def test_leakage_is_on_purpose_only() -> None:
         assert not set(PLANS[name].sources()) & set(TARGETS)
 
 
+def _write(folder: Path, split: str, rows: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list(rows).to_parquet(str(folder / f"{split}.parquet"))
+
+
+def _pairs(texts: Sequence[str], **label: Any) -> list[dict[str, Any]]:
+    return [{"sentence1": text, "sentence2": f"the {text} is here today", **label} for text in texts]
+
+
+def test_a_source_is_trained_once_and_without_texts_of_the_targets(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "data"
+    monkeypatch.setenv("PEFT_LIGHTNING_DATA", str(root))
+    shown = "The red dog, they say, is very large indeed."
+    for split in ("train", "validation"):
+        _write(root / "mrpc", split, _pairs([shown if split == "validation" else "a b c"], label=1))
+        _write(root / "sst2", split, [{"sentence": "good", "label": 1}])
+        _write(root / "stsb", split, _pairs(["good", "a cat", "an owl", "a dog"], label=2.5))
+    _write(root / "stsb", "train", _pairs(["good", "a cat", "the red dog they say is very large indeed"], label=2.5))
+    for split in ("train", "validation_matched"):
+        _write(root / "mnli", split, [{"premise": "one", "hypothesis": "two", "label": 0}])
+    given: Any = (["stsb"], tmp_path / "sources", backbone(True), {}, Console(quiet=True))
+    folder, record = train_missing(*given)["stsb"]
+    assert (record.data["train_rows"], record.data["removed_rows"]) == (2, 1)
+    assert read_source(folder).adapter.bottleneck == 48
+
+    written = (folder.parent / "record.json").stat().st_mtime_ns
+    assert train_missing(*given)["stsb"][0] == folder
+    assert (folder.parent / "record.json").stat().st_mtime_ns == written
+    (folder.parent / "record.json").unlink()  # as if it had been stopped
+    again, _ = train_missing(*given)["stsb"]
+    assert again == folder
+    _write(root / "stsb", "train", _pairs(["good", "a cat", "a bird"], label=2.5))
+    assert train_missing(*given)["stsb"][0] != folder
+
+
 def test_sources_start_from_values_of_their_own() -> None:
     assert len({source.seed for source in SOURCES.values()}) == len(SOURCES)
 
@@ -99,7 +139,7 @@ def test_plans_are_what_was_asked_for() -> None:
         assert len(set(plan.seeds)) == 10
         assert not set(plan.seeds) & set(plan.held)
         assert len({arm.name for arm in plan.arms}) == len(plan.arms)
-        assert plan.baseline in {arm.name for arm in plan.arms}
+        assert {plan.baseline_of(arm).mode for arm in plan.arms} == set(plan.modes)
     assert {arm.mode for arm in PLANS["2"].arms} == {"head", "prompt", "prompt-demo"}
     scales = {(arm.preset, arm.scale) for arm in first.run if arm.method == "mera"}
     assert {(preset, scale) for preset in ("avg", "wts", "acts", "acts+") for scale in (None, 2.0, "sum")} <= scales
@@ -258,7 +298,7 @@ def test_scores() -> None:
 
 def test_intervals_hold_splits_and_examples() -> None:
     results = _results(_three("adapter", 70, 50))
-    found = estimate(results, *_arms("adapter"), ("mrpc", 10))
+    found = estimate(results, _arms("adapter")[0], ("mrpc", 10))
     assert found is not None
     splits_alone = mean_interval([0.69, 0.70, 0.71])
     assert found.value == pytest.approx(splits_alone.mean)
@@ -273,7 +313,7 @@ def test_gains_are_paired_and_corrected() -> None:
     unsure = [_cell("wts", task, seed, right) for task in TRUTHS for seed, right in ((1, 30), (2, 95), (3, 60))]
     text = gains_table(_results(cells + better + unsure), PLAN, _arms("adapter", "wts", "acts"))
     wts, acts = _rows(text)
-    assert [row["over adapter from scratch"] for row in (wts, acts)] == ["MerA Wts", "MerA Acts"]
+    assert [row["over the baseline"] for row in (wts, acts)] == ["MerA Wts", "MerA Acts"]
     assert acts["mrpc, 10 shots"].startswith("+40.0 [+")
     assert acts["mrpc, 10 shots"].endswith(" *")
     assert not wts["mrpc, 10 shots"].endswith("*")
@@ -296,7 +336,7 @@ def test_the_scale_is_chosen_on_dev_shots_of_each_split() -> None:
         for name, values in dev.items()
         for seed in (1, 2, 3)
     ]
-    found = estimate(_results(cells), *_arms("acts@dev"), ("mrpc", 10))
+    found = estimate(_results(cells), _arms("acts@dev")[0], ("mrpc", 10))
     assert found is not None
     # split 1: equal accuracy, lower loss at the sum; 2: the mean; 3: the sum by its loss
     assert found.value == pytest.approx((0.7 + 0.5 + 0.7) / 3)
@@ -342,6 +382,12 @@ def _few(plan: Plan, *names: str) -> Plan:
     return replace(plan, arms=tuple(arm for arm in plan.arms if arm.name in names))
 
 
+def _written(folder: Path) -> dict[Path, int]:
+    """When cells and sources were written."""
+    files = (folder / "runs").rglob("*.json")
+    return {path: path.stat().st_mtime_ns for path in files if path.name != "study.json"}
+
+
 def test_tiny_table_goes_on_where_it_stopped(
     tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -358,18 +404,19 @@ def test_tiny_table_goes_on_where_it_stopped(
         "acts+@dev",
         "select",
     )
-    monkeypatch.setitem(mera.PLANS, "1", _few(PLANS["1"], *names))
+    monkeypatch.setitem(PLANS, "1", _few(PLANS["1"], *names))
     options = ["--table", "1", "--tiny", "--threads", "1", "--out", str(tmp_path)]
     mera.main(options)
     results = read_results(tmp_path / "table1.json")
-    plan = mera.PLANS["1"].tiny()
+    plan = PLANS["1"].tiny()
     assert len(results.cells) == len(plan.run) * len(plan.settings) * len(plan.seeds)
     assert {len(truths) for truths in results.truths.values()} == {plan.test_rows}
     assert set(results.facts["singles"]) == set(plan.tasks)
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
+    written = _written(tmp_path)
     mera.main(options)
     again = read_results(tmp_path / "table1.json")
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")} == written
+    assert len(written) > len(results.cells)
+    assert _written(tmp_path) == written
     assert [np.asarray(cell.predictions).tolist() for cell in again.cells] == [
         cell.predictions for cell in results.cells
     ]
@@ -380,7 +427,7 @@ def test_tiny_table_goes_on_where_it_stopped(
 
 def test_tiny_prompts(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"{mode}/{method}" for mode in ("head", "prompt", "prompt-demo") for method in ("adapter", "select")]
-    monkeypatch.setitem(mera.PLANS, "2", _few(PLANS["2"], *names))
+    monkeypatch.setitem(PLANS, "2", _few(PLANS["2"], *names))
     mera.main(["--table", "2", "--tiny", "--threads", "1", "--out", str(tmp_path)])
     results = read_results(tmp_path / "table2.json")
     assert {cell.arm for cell in results.cells} == set(names)
