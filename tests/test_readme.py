@@ -35,6 +35,8 @@ ELSEWHERE = {
     "make test": "this is it",
     "make bench-mrpc": "takes up to 45 minutes; tests/benchmarks runs it with --tiny",
     "make bench-prune": "takes up to 90 minutes; tests/benchmarks runs it with --tiny",
+    "make bench-mera TABLE=1": "takes hours; tests/benchmarks runs it with --tiny",
+    "make bench-merge": "takes minutes; tests/benchmarks runs it with --tiny",
     "make bench-tasks": "takes an hour; tests/benchmarks runs it with --tiny",
     "make bench-speed": "takes minutes; tests/benchmarks runs it with --tiny",
     "make bench-pretrain": "takes minutes; tests/benchmarks runs it with --tiny",
@@ -82,7 +84,7 @@ def workplace(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_demo_ends_as_the_readme_shows(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = _demo()
-    assert [shlex.split(command)[1] for command in commands] == ["fit", "fit", "test"]
+    assert [shlex.split(command)[1] for command in commands] == ["fit", "fit", "test", "fit", "fit", "merge", "study"]
     for command in commands:
         _run(command)
     shown = re.search(r"<!-- output: make demo -->\n```text\n(.*?)```", DOCUMENTS[0].read_text(), re.DOTALL)
@@ -91,14 +93,17 @@ def test_the_demo_ends_as_the_readme_shows(workplace: Path, capsys: pytest.Captu
     expected, actual = _shape(shown.group(1)), _shape(printed)
     assert actual[-len(expected) :] == expected
     # Seconds differ between machines; a score may by a row or two, and the rest must be what is shown.
+    printed = printed[printed.rindex(shown.group(1).splitlines()[0]) :]
     assert _scores(printed) == pytest.approx(_scores(shown.group(1)), abs=0.02)
     assert _counts(printed) == _counts(shown.group(1))
+    new, merged = (float(line.split("│")[5].split("±")[0]) for line in printed.splitlines() if "│ toy_sentiment" in line)
+    assert merged > new + 5
 
 
 def _scores(text: str) -> list[float]:
-    """Return the scores of the tables, each followed by that of the majority class."""
+    """Return the scores of a run's table, each followed by that of the trivial answer."""
     return [
-        float(number) for line in text.splitlines() if "majority" in line for number in re.findall(r"\d\.\d+", line)
+        float(number) for line in text.splitlines() if "most rows" in line for number in re.findall(r"\d\.\d+", line)
     ]
 
 
