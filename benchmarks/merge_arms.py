@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,19 +18,24 @@ from peft_lightning.layers.bottleneck import Bottleneck
 from peft_lightning.layers.merging import MergeSource
 from peft_lightning.layers.side_by_side import attach_side_by_side
 
-__all__ = ["Shape", "adapters", "naive_loop", "own_passes", "shape"]
+__all__ = ["Shape", "adapters", "naive_loop", "own_passes", "plain_passes"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a benchmark."""
+    """Sizes of what is measured: adapters, layers (two sites each), model width, bottleneck, and a batch's rows."""
 
-    count: int
-    layers: int
-    width: int
-    neurons: int
-    rows: int
-    length: int
+    count: int = 8
+    layers: int = 12
+    width: int = 768
+    neurons: int = 64
+    rows: int = 4
+    length: int = 128
+
+    @classmethod
+    def of(cls, tiny: bool) -> Shape:
+        """The shape that the goals are set for, or one that takes seconds."""
+        return cls(2, 2, 32, 8, 2, 16) if tiny else cls()
 
     def backbone(self) -> Any:
         """A random BERT of this shape, in evaluation mode."""
@@ -54,23 +60,24 @@ class Shape:
         return found
 
 
-def shape(tiny: bool) -> Shape:
-    """The issue's shape: 8 Houlsby adapters at 24 sites, width 768, bottleneck 64; or one that takes seconds."""
-    return Shape(2, 2, 32, 8, 2, 16) if tiny else Shape(8, 12, 768, 64, 4, 128)
-
-
-def adapters(shape: Shape, backbone: nn.Module) -> list[MergeSource]:
-    """Adapters of random values."""
+def adapters(shape: Shape) -> list[MergeSource]:
+    """Adapters of random values; no backbone is built, which would leave its traces in the allocator."""
     config = AdapterConfig(kind="houlsby", bottleneck=shape.neurons)
-    layers = attach_adapters(backbone, config, hooked=False)
-    shapes = {f"{path}.{name}": p.shape for path, layer in layers.items() for name, p in layer.named_parameters()}
-    for module in backbone.modules():
-        if "adapters" in module._modules:
-            del module.adapters
+    parts = {
+        "adapter_down.0.weight": (shape.neurons, shape.width),
+        "adapter_down.0.bias": (shape.neurons,),
+        "adapter_up.weight": (shape.width, shape.neurons),
+        "adapter_up.bias": (shape.width,),
+    }
+    places = [f"encoder.layer.{n}.{place}" for n in range(shape.layers) for place in ("attention.output", "output")]
     found = []
     for number in range(shape.count):
         generator = torch.Generator().manual_seed(number)
-        tensors = {name: torch.randn(size, generator=generator) * 0.02 for name, size in shapes.items()}
+        tensors = {
+            f"{place}.adapters.{config.name}.{part}": torch.randn(size, generator=generator) * 0.02
+            for place in places
+            for part, size in parts.items()
+        }
         found.append(MergeSource(name=f"adapter {number}", adapter=config, tensors=tensors))
     return found
 
@@ -109,13 +116,11 @@ def own_passes(
     """Forward passes of every adapter over the batches, as one batch of blocks, nobody looking."""
     groups = []
     for source in sources:
-        layers = attach_adapters(backbone, source.adapter, hooked=False)
+        layers = attach_adapters(copy.deepcopy(backbone), source.adapter, hooked=False)
         for path, layer in layers.items():
             layer.load_state_dict({name: source.tensors[f"{path}.{name}"] for name, _ in layer.named_parameters()})
         groups.append({path.partition(".adapters.")[0]: cast(Bottleneck, layer) for path, layer in layers.items()})
-        for module in backbone.modules():
-            if "adapters" in module._modules:
-                del module.adapters
+    backbone = copy.deepcopy(backbone)
     attach_side_by_side(backbone, "houlsby", groups)
     blocks = [{name: tensor.repeat(len(sources), 1) for name, tensor in batch.items()} for batch in batches]
     return plain_passes(backbone, blocks)

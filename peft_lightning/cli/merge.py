@@ -23,6 +23,12 @@ _EPILOG = """presets:
   select      of all adapters' neurons those of largest output, fitted to the sum of the adapters' outputs
   cat, svd, ties, dare   for LoRA: all ranks side by side (the exact weighted sum), or cut to one rank (--rank)
 
+stages for --set, each with what there is besides the preset's:
+  align=none|weights|activations   features=down|all   metric=euclidean|squared|inner   balance=true|false
+  solver=assignment|emd|sinkhorn   marginals=uniform|importance   regularisation=0.01   reference=first|medoid|NAME
+  combine=sum|average|ties|regmean|select   density=0.2   shrink=0.9   choice=energy|gain   width=48
+  repair=none|refit   ridge=0.001   masks=union|budget   budget=10000          LoRA: density=0.2   seed=0
+
 examples:
   peft-lightning merge --adapters hub/imdb hub/qnli --preset wts --backbone bert-base-uncased --output merged
   peft-lightning merge --adapters hub/imdb runs/qnli --preset acts+ --backbone bert-base-uncased \\
@@ -68,9 +74,9 @@ def run_merge(words: list[str]) -> None:
 def _parser() -> ToolParser:
     parser = ToolParser(
         prog="peft-lightning merge",
-        description="Merge pretrained adapters of one backbone into one: bottleneck adapters by matching their neurons "
-        "(MerA), LoRA by adding its updates. Writes the adapter, merge.json (recipe, hashes of the adapters, figures "
-        "of every site) and merge.png.",
+        description="Merge pretrained adapters of one backbone into one: bottleneck adapters by matching their "
+        "neurons (MerA), LoRA\nby adding its updates. Writes the adapter, merge.json (recipe, hashes of the adapters, "
+        "figures of every site) and\nmerge.png.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -89,7 +95,9 @@ def _parser() -> ToolParser:
     how.add_argument("--preset", default="acts+", help="one of the presets below (default: %(default)s)")
     how.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each adapter, of either sign")
     how.add_argument("--scale", help="what the output stands for: mean, sum, or a factor of the mean")
-    how.add_argument("--set", nargs="+", default=[], metavar="STAGE=VALUE", help="unlike the preset, as reference=1")
+    how.add_argument(
+        "--set", nargs="+", default=[], metavar="STAGE=VALUE", help="stages unlike the preset's, see below"
+    )
     how.add_argument("--rank", type=int, help="LoRA: rank of the result (svd, ties, dare)")
     data = parser.add_argument_group("unlabelled inputs, for activations and for output errors in the report")
     data.add_argument("--data", metavar="TASK", help="name of a row of the task table")

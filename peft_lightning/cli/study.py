@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,8 @@ def _show(rows: Sequence[dict[str, str]]) -> None:
     shown = [name for name in rows[0] if any(row[name] for row in rows)]
     table = Table()
     for name in shown:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name)
     for row in rows:
         table.add_row(*(row[name] for name in shown))
-    console = Console(markup=False)
-    console.width = max(console.width, console.measure(table).maximum)
-    console.print(table)
+    # A file is as wide as a line is long.
+    Console(markup=False, width=None if sys.stdout.isatty() else 400).print(table)

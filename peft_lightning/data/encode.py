@@ -126,9 +126,9 @@ def _code(kind: Kind) -> list[str]:
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a digest of what a tokenizer does to a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
-    # A call leaves its own truncation and padding behind in the backend.
-    content.update(truncation=None, padding=None)
-    content["special"] = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
-    content["special"].append({name: str(token) for name, token in tokenizer.special_tokens_map.items()})
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    content = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    # A call leaves its own truncation and padding behind in the backend, before what is added and the model.
+    head, middle, rest = content.partition('"added_tokens"')
+    special: list[Any] = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
+    special.append({name: str(token) for name, token in tokenizer.special_tokens_map.items()})
+    return hashlib.sha256(f"{json.dumps(special, sort_keys=True)} {rest if middle else head}".encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 The protocol is LM-BFF's (https://arxiv.org/abs/2012.15723, section 3): shots and dev shots are drawn from the training
 split, once per seed; validation reads the dev shots, and the task's evaluation split is read by ``test`` alone. MerA
-(``papers/mera.txt``, section 4) does not say whether its 10, 20 and 30 shots are counted per class or in all, and
+(``papers/mera.txt``, section 3) does not say whether its 10, 20 and 30 shots are counted per class or in all, and
 reports what it chose by: ``shots_mode`` does both, and nothing is chosen by what is reported.
 """
 
@@ -123,7 +123,8 @@ class FewShotDataModule(TaskDataModule):
             mode, reason = "total", f"kind {self.task.kind} has no classes to draw {self.shots} rows of each"
         counts = {stage: len(self.numbers(stage)) for stage in ("train", "validation")}
         plain = {"shots": self.shots, "shots_mode": mode, "reason": reason, "seed": self.shot_seed, **counts}
-        return {**plain, "test_rows": self.test_rows}
+        pool = {"calibration_rows": self.calibration_rows} if self.calibration == "pool" else {}
+        return {**plain, "test_rows": self.test_rows, "calibration": self.calibration, **pool}
 
     def source(self, split: str) -> Source:
         """Return the rows that a stage reads: shots and dev shots of the training split, or the task's own rows."""

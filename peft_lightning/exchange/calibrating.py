@@ -37,6 +37,8 @@ def calibration_batches(
         DataError: if the data cannot be used.
     """
     if hasattr(data, "calibration_dataloader"):
+        if split not in ("train", "validation", "test"):
+            raise UsageError(f"split = {split!r}: must be train, validation or test")
         _check_fit(backbone, data.tokenizer, data.max_length)
         encoded = data.unlabelled(split)
         identity = {"task": data.task.name, "split": split, "rows": len(encoded), "digest": encoded.digest}

@@ -163,13 +163,14 @@ def output_error(
     """
     second_MM, mean_M = _moments(moments, [merged.size, *(source.size for source in sources)])
     target_DM, target_D = _targets(sources, outputs)
-    bias_D = 0.0 if merged.up_bias_D is None else merged.up_bias_D.cpu().double()
-    wrong_DM = torch.cat([merged.up_DR.cpu().double(), -target_DM], 1)
-    right_DM = torch.cat([torch.zeros_like(merged.up_DR).cpu().double(), target_DM], 1)
-    error, size = (
-        float(((up_DM @ second_MM) * up_DM).sum() + (2 * (up_DM @ mean_M) + rest_D).mul(rest_D).sum())
-        for up_DM, rest_D in ((wrong_DM, bias_D - target_D), (right_DM, target_D))
-    )
+    up_DR = merged.up_DR.cpu().double()
+    rest_D = -target_D if merged.up_bias_D is None else merged.up_bias_D.cpu().double() - target_D
+    wrong_DM = torch.cat([up_DR, -target_DM], 1)
+    product_DM = wrong_DM @ second_MM
+    error = float((product_DM * wrong_DM).sum() + (2 * (wrong_DM @ mean_M) + rest_D) @ rest_D)
+    # what Y itself gives is in that product already
+    own_DM = up_DR @ second_MM[: merged.size, merged.size :] - product_DM[:, merged.size :]
+    size = float((own_DM * target_DM).sum() + (2 * (target_DM @ mean_M[merged.size :]) + target_D) @ target_D)
     return (max(error, 0.0) / size) ** 0.5 if size > 0 else float("inf") if error > 0 else 0.0
 
 

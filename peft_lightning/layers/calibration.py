@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -190,14 +191,16 @@ def _attach_readers(backbone: nn.Module, kind: str, groups: Sequence[Mapping[str
 
 
 def _bare_copy(backbone: nn.Module) -> nn.Module:
-    """The same structure over the same tensors, in evaluation mode, without what adapters have hooked on it."""
-    tensors = [*backbone.parameters(), *backbone.buffers()]
-    model = copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors}).eval()
-    for module in model.modules():
+    """The same structure over the same tensors, in evaluation mode, without what adapters have hooked on it.
+
+    Other hooks stay, and what they belong to is not copied.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*backbone.parameters(), *backbone.buffers())}
+    for module in backbone.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, call in hooks.items() if isinstance(getattr(call, "__self__", None), _OURS)]:
-                del hooks[key]
-    return model
+            others = [(key, call) for key, call in hooks.items() if not isinstance(getattr(call, "__self__", 0), _OURS)]
+            memo[id(hooks)] = OrderedDict(others)
+    return copy.deepcopy(backbone, memo).eval()
 
 
 _OURS = (SiteLayer, LoRA)
@@ -205,17 +208,17 @@ _OURS = (SiteLayer, LoRA)
 
 def _layers(group: Mapping[str, Neurons], nonlinearity: str, device: torch.device) -> dict[str, Bottleneck]:
     """Frozen modules that compute what plain tensors say."""
+    first = next(iter(group.values()))
+    with torch.random.fork_rng(devices=[]):
+        template = Bottleneck(
+            first.down_RD.shape[1],
+            first.size,
+            nonlinearity=nonlinearity,
+            scaling=first.scaling,
+            masked=any(neurons.down_mask_RD is not None for neurons in group.values()),
+        ).requires_grad_(False)
     layers = {}
     for path, neurons in group.items():
-        masked = neurons.down_mask_RD is not None
-        with torch.device("meta"):  # draws no random numbers
-            layer = Bottleneck(
-                neurons.down_RD.shape[1],
-                neurons.size,
-                nonlinearity=nonlinearity,
-                scaling=neurons.scaling,
-                masked=masked,
-            )
         state = {
             "adapter_down.0.weight": neurons.down_RD,
             "adapter_down.0.weight_mask": neurons.down_mask_RD,
@@ -225,8 +228,8 @@ def _layers(group: Mapping[str, Neurons], nonlinearity: str, device: torch.devic
             "adapter_up.bias": neurons.up_bias_D,
         }
         there = {name: tensor.to(device) for name, tensor in state.items() if tensor is not None}
-        layer.load_state_dict(there, assign=True)
-        layers[path] = layer.requires_grad_(False)
+        layers[path] = copy.deepcopy(template).to(device)
+        layers[path].load_state_dict(there, strict=False, assign=True)
     return layers
 
 

@@ -73,9 +73,10 @@ def output_errors(
     """
     error = output_error(merge.bottleneck, sources, merge.outputs, moments)
     try:
-        mean = output_error(merge.bottleneck, sources, output_weights(weights, "mean"), moments)
+        outputs = tuple(output_weights(weights, "mean"))
     except UsageError:  # weights of the sum 0 have no mean
-        mean = math.nan
+        return {"output_error": None, "scaled_output_error": _finite(error)}
+    mean = error if outputs == merge.outputs else output_error(merge.bottleneck, sources, outputs, moments)
     return {"output_error": _finite(mean), "scaled_output_error": _finite(error)}
 
 

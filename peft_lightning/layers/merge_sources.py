@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -148,6 +149,7 @@ def _check_parts(
         raise CheckpointError(f"{where}: {odd[0]} is {'missing' if odd[0] in wanted else 'unexpected'}")
 
 
-def _natural(path: str) -> list[tuple[int, str]]:
+@lru_cache(maxsize=4096)
+def _natural(path: str) -> tuple[tuple[int, str], ...]:
     """Numbers in a path as numbers, so that layer 10 comes after layer 2."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path))

@@ -9,6 +9,7 @@ LoRA's updates are merged by functional/lowrank, linear map by linear map, witho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -199,7 +200,9 @@ def _named(merges: Mapping[str, Merge], name: str) -> tuple[dict[str, Tensor], d
         own, kept = bottleneck_tensors(site, name, found.bottleneck)
         tensors |= own
         masks |= kept
-    if any(not bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+    # a sum is finite only where all is, and takes no tensor of its own
+    doubtful = [tensor for tensor in tensors.values() if not math.isfinite(float(tensor.sum()))]
+    if any(not bool(torch.isfinite(tensor).all()) for tensor in doubtful):
         raise UsageError("the merged adapter holds inf or NaN: so do the adapters, or their weights are too large")
     if masks:
         matrices = [key for key, tensor in tensors.items() if tensor.ndim == 2]

@@ -1,7 +1,7 @@
 """AdapterFusion (Pfeiffer et al., 2021, arXiv:2005.00247): pretrained adapters stay as they are, and attention over
 their outputs is trained.
 
-Second stage of its two, section 3.2; the formula and where it goes: layers/fusion. MerA's main baseline (section 4 of
+Second stage of its two, section 3.2; the formula and where it goes: layers/fusion. MerA's main baseline (section 3 of
 arXiv:2308.15982), and S-AF of SparseAdapter's table 4 where the adapters are sparse: their masks come along. Deviations
 from AdapterHub's library, each for a reason:
 
@@ -49,7 +49,7 @@ class FusionModule(TaskModule):
         sources: folders of two adapters or more, of one kind (houlsby or pfeiffer): AdapterHub's, ours, or a run's.
         fusion: folder of an AdapterFusion of AdapterHub's library, over adapters of these names, to begin from.
         penalty: weight of the regulariser that keeps the values near the identity.
-        dropout: of the scores; None: as the fusion's folder says, or as in the backbone's attention.
+        score_dropout: dropout of the scores; None: as the fusion's folder says, or as in the backbone's attention.
         optim: the optimiser's settings.
         head: ``dense`` (dense, tanh, linear), ``linear``, or ``auto``: dense on the token that stands for a text,
             linear on every token.
@@ -62,7 +62,7 @@ class FusionModule(TaskModule):
         UsageError: if a value is not allowed.
     """
 
-    fixed_by_file = (*TaskModule.fixed_by_file, "sources", "fusion", "penalty", "dropout")
+    fixed_by_file = (*TaskModule.fixed_by_file, "sources", "fusion", "penalty", "score_dropout")
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class FusionModule(TaskModule):
         sources: Sequence[str],
         fusion: str | None = None,
         penalty: float = 0.01,
-        dropout: float | None = None,
+        score_dropout: float | None = None,
         optim: OptimConfig = OptimConfig(lr=1e-3, weight_decay=0.0),
         head: str = "auto",
         head_dropout: float = 0.1,
@@ -91,12 +91,12 @@ class FusionModule(TaskModule):
         )
         if not (math.isfinite(penalty) and penalty >= 0):
             raise UsageError(f"penalty = {penalty}: must be at least 0")
-        if dropout is not None and not 0 <= dropout < 1:
-            raise UsageError(f"dropout = {dropout}: must be at least 0 and below 1, or null")
+        if score_dropout is not None and not 0 <= score_dropout < 1:
+            raise UsageError(f"score_dropout = {score_dropout}: must be at least 0 and below 1, or null")
         self.sources = source_paths(sources, least=2)
         self.fusion = None if fusion is None else str(fusion)
-        self.penalty, self.dropout = penalty, dropout
-        self.record(sources=self.sources, fusion=self.fusion, penalty=penalty, dropout=dropout)
+        self.penalty, self.score_dropout = penalty, score_dropout
+        self.record(sources=self.sources, fusion=self.fusion, penalty=penalty, score_dropout=score_dropout)
         self.shapes: list[AdapterConfig] = []
         self.masked = False
 
@@ -116,9 +116,9 @@ class FusionModule(TaskModule):
             start = None if self.fusion is None else read_fusion(self.fusion)
             given = _named(given) if start is None else _in_order(given, start, str(self.fusion))
             self.shapes, self.masked = [source.adapter for source in given], any(source.masks for source in given)
-            if start is not None and self.dropout is None:
-                self.dropout = start.dropout
-        self.fusions = attach_fusion(self.backbone, self.shapes, dropout=self.dropout, masked=self.masked)
+            if start is not None and self.score_dropout is None:
+                self.score_dropout = start.dropout
+        self.fusions = attach_fusion(self.backbone, self.shapes, dropout=self.score_dropout, masked=self.masked)
         names = {adapter.name for adapter in self.shapes}
         found = {path: path.rpartition(".adapters.") for path, _ in self.backbone.named_modules()}
         self.adapters = {
@@ -166,7 +166,7 @@ class FusionModule(TaskModule):
 
     def manifest(self) -> dict[str, Any]:
         """Adds the adapters' shapes and the dropout of the scores."""
-        fused = {"adapters": [asdict(shape) for shape in self.shapes], "dropout": self.dropout}
+        fused = {"adapters": [asdict(shape) for shape in self.shapes], "dropout": self.score_dropout}
         return {**super().manifest(), "fused": fused}
 
     def before_data(self, checkpoint: Mapping[str, Any]) -> None:
@@ -183,9 +183,9 @@ class FusionModule(TaskModule):
             raise CheckpointError(f"checkpoint: damaged (of its adapters: {error!r:.200})") from None
         if self.shapes and self.shapes != shapes:
             raise CheckpointError("checkpoint: its adapters are not of the shapes that those in sources have")
-        self.shapes, self.dropout = shapes, dropout
+        self.shapes, self.score_dropout = shapes, dropout
         if not self._built:
-            self.masked = any(name.endswith("_mask") for name in checkpoint["state_dict"])
+            self.masked = any(str(name).endswith("_mask") for name in checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build what the file describes before its tensors are loaded.

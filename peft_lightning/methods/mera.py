@@ -1,18 +1,17 @@
 """MerA (He et al., 2023, arXiv:2308.15982): pretrained adapters merged into one, which is then tuned on a few examples.
 
-Section 3, with symbol = setting: the adapters 1..n = ``sources``; equations 1 and 2 (summation, averaging) and 3 to 5
-(alignment by optimal transport of weights or activations, average of what is aligned) = ``merge.preset``; how each is
-computed, and where it leaves the paper: functional/merging and layers/merging. Section 4: the merged adapter is plugged
-into the backbone once, before the first step, and trained with the task's head as any adapter; one source is the
-paper's "+Single". Deviations, each for a reason:
+Section 2, with symbol = setting: the pretrained adapters = ``sources``; equations 1 and 2 (summation, averaging) and 3
+to 5 (alignment by optimal transport of weights or activations, average of what is aligned) = ``merge.preset``; how each
+is computed, and where it leaves the paper: functional/merging and layers/merging. Section 3: the merged adapter is
+plugged into the backbone before the first step, and trained with the task's head as any adapter; of one source it is
+the paper's "+Single". Deviations, each for a reason:
 
 * the default is ours, ``acts+``, and not one of the paper's four;
-* activations come from unlabelled inputs of the target task (the paper does not say from which): the training batches,
-  or what the data module's ``calibration_dataloader`` gives;
-* the shots are not looked at twice in training mode: they are read without dropout, and no random state is touched, so
-  that a run begins with the same batches and the same head whatever is merged;
-* Adam's betas and weight decay are the paper's (appendix A), the decay in its decoupled form; the rate is the one that
-  few steps of adapters want, and its grid is in configs/mera.yaml.
+* activations come from unlabelled inputs of the target task (the paper does not say from which): the training rows, or
+  what the data module's ``calibration_dataloader`` gives; read without dropout, and without a trace in any random
+  state, so that all merges begin with the same head and the same batches;
+* Adam's betas and weight decay are the paper's (section 3.1), the decay in its decoupled form; the rate is larger, as
+  adapters want it, and the paper's grid is in configs/mera.yaml.
 """
 
 from __future__ import annotations
@@ -232,14 +231,15 @@ class MerAModule(TaskModule):
         merged = manifest.get("merged")
         try:
             adapter = as_config(AdapterConfig, dict(manifest["adapter"]))
-            self.merged = None if merged is None else dict(merged)
+            if merged is not None and not (type(merged["tokens"]) is int and isinstance(merged["sources"], list)):
+                raise ValueError("its merge")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"checkpoint: damaged (of its adapter: {error!r:.200})") from None
         if self.adapter not in (None, adapter):
             raise CheckpointError(f"checkpoint: holds {adapter}, the sources give {self.adapter}")
-        self.adapter, self._given = adapter, []
+        self.adapter, self.merged, self._given = adapter, merged, []
         if not self._built:
-            self.masked = any(name.endswith("_mask") for name in checkpoint["state_dict"])
+            self.masked = any(str(name).endswith("_mask") for name in checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build what the file describes before its tensors are loaded.

@@ -1,7 +1,8 @@
 """Several cells' adapters over one frozen backbone, in one batch.
 
 Each cell has a block of the batch, as many rows and tokens as the longest needs. Cells that read the same rows share
-the layers below their first adapter: their rows pass through these once, and are spread over the blocks after them.
+the layers below their first adapter: their rows pass through these once, and are spread over the blocks after them. Where
+heads read the first token only, the last layer computes no others behind its attention.
 
 Shapes: n cells, u of them with rows of their own, B rows of a block, L tokens, H width of the backbone.
 """
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from peft_lightning.backbones.build import build_backbone
 from peft_lightning.backbones.families import family_of
+from peft_lightning.backbones.pooling import pooling
 from peft_lightning.backbones.sharing import SharedBackbones
 from peft_lightning.layers.bottleneck import Bottleneck
 from peft_lightning.layers.side_by_side import attach_side_by_side
@@ -28,6 +30,8 @@ __all__ = ["Block", "shape_of"]
 
 _KINDS = ("houlsby", "pfeiffer", "parallel")
 _STEPS = ("training_step", "batch_loss", "head_loss", "states", "pooled", "on_train_batch_start")
+# Where the last layer goes on with single tokens, behind its attention.
+_BEHIND = {"bert": "attention.output", "roberta": "attention.output", "electra": "attention.output"}
 # Their stack compares what goes into its first layer with what comes out.
 _UNSPREAD = ("deberta-v2",)
 
@@ -63,6 +67,10 @@ class Block:
         starts = next(i for i, path in enumerate(stack) if next(iter(layers)).startswith(path))
         for path in stack[starts + 1 :]:
             self.backbone.get_submodule(path).register_forward_pre_hook(self._spread_masks, with_kwargs=True)
+        reads_one = pooling(config) == "first" and not any(module.kind.per_token for module in modules)
+        if reads_one and config.model_type in _BEHIND:
+            behind = self.backbone.get_submodule(f"{stack[-1]}.{_BEHIND[config.model_type]}")
+            behind.register_forward_pre_hook(_first_token)
 
     def states(self, batches: Sequence[Batch]) -> list[Tensor]:
         """What each cell's head reads of its batch; cells that read the same rows give the same object."""
@@ -152,6 +160,11 @@ def _filled(tensor: Tensor, size: int, length: int, padding: int) -> Tensor:
     more = tensor.new_full((len(tensor), length - tensor.shape[1]), padding)
     tensor = torch.cat([tensor, more], 1)
     return torch.cat([tensor, tensor[:1].expand(size - len(tensor), -1)])
+
+
+def _first_token(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook: what the attention gave, and what it was given, of the token that heads read."""
+    return tuple(states_BLH[:, :1] for states_BLH in args)
 
 
 def _cut(hidden_BLH: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -20,12 +20,14 @@ from peft_lightning.data.few_shot import FewShotDataModule
 from peft_lightning.errors import PeftLightningError
 from peft_lightning.seeding import step_seed
 from peft_lightning.study.block import Block
-from peft_lightning.study.evaluation import Scores, States, evaluate, joint_batches
+from peft_lightning.study.evaluation import Scores, evaluate, joint_batches
 from peft_lightning.study.loop import LoopTrainer, computing
 from peft_lightning.study.outcome import LOSSES, BestEpoch, Outcome, Tick
 from peft_lightning.task_module import TaskModule
 
 __all__ = ["Prepared", "run_together"]
+
+_Context = partial[AbstractContextManager[None]]
 
 
 @dataclass(kw_only=True)
@@ -76,32 +78,50 @@ class _Cell:
 def run_together(prepared: Sequence[Prepared], select: str, tick: Tick) -> list[Outcome | Exception]:
     """Train and measure cells whose loaders have equally many batches, and whose modules are of one shape.
 
+    A processor gains nothing from larger batches and loses by padding: there only cells that read the same rows train
+    in one batch. All of them are tested in one.
+
     Args:
         prepared: at least one.
         select: last or best.
         tick: told of progress.
     """
-    trainer = prepared[0].trainer
-    context = partial(computing, trainer.precision, trainer.strategy.root_device)
-    block = Block([one.module for one in prepared])
+    first = prepared[0].trainer
+    context = partial(computing, first.precision, first.strategy.root_device)
     cells = [_Cell(one) for one in prepared]
-    for epoch in range(trainer.max_epochs):
-        block.train(True)
+    parts: dict[int, list[_Cell]] = {}
+    apart = first.strategy.root_device.type == "cpu"
+    for cell in cells:
+        parts.setdefault(id(cell.prepared.data.load("train")) if apart else 0, []).append(cell)
+    dev: dict[int, Scores] = {}
+    for number, part in enumerate(parts.values()):
+        block = Block([cell.module for cell in part])
+        _train(part, block, context, select, lambda share, done=number: tick(0.9 * (done + share) / len(parts)))  # type: ignore[misc]
+        dev |= zip(map(id, part), _scores(part, block, "validation", context), strict=True)
+    whole = block if len(parts) == 1 else Block([cell.module for cell in cells])
+    test = _scores(cells, whole, "test", context)
+    tick(1.0)
+    return [
+        cell.prepared.error or _outcome(cell, dev[id(cell)], scores) for cell, scores in zip(cells, test, strict=True)
+    ]
+
+
+def _train(cells: Sequence[_Cell], block: Block, context: _Context, select: str, tick: Tick) -> None:
+    epochs = cells[0].trainer.max_epochs
+    for epoch in range(epochs):
         for cell in cells:
             cell.trainer.current_epoch = epoch
+        block.train(True)
         _epoch(cells, block, context)
         if select == "best":
-            for cell, scores in zip(cells, _scores(prepared, block, "validation", context), strict=True):
+            for cell, scores in zip(cells, _scores(cells, block, "validation", context), strict=True):
                 cell.best.offer(epoch + 1, scores)
-        tick((epoch + 1) / (trainer.max_epochs + 1))
+        tick((epoch + 1) / epochs)
     for cell in cells:
         cell.best.restore()
-    dev, test = (_scores(prepared, block, stage, context) for stage in ("validation", "test"))
-    tick(1.0)
-    return [one.error or _outcome(cell, *scores) for one, cell, *scores in zip(prepared, cells, dev, test, strict=True)]
 
 
-def _epoch(cells: Sequence[_Cell], block: Block, context: partial[AbstractContextManager[None]]) -> None:
+def _epoch(cells: Sequence[_Cell], block: Block, context: _Context) -> None:
     first = cells[0].trainer
     seeds = [cell.module.seed for cell in cells]
     data = [cell.prepared.data for cell in cells]
@@ -117,13 +137,11 @@ def _epoch(cells: Sequence[_Cell], block: Block, context: partial[AbstractContex
             cell.step(loss.detach())
 
 
-def _scores(
-    prepared: Sequence[Prepared], block: Block, stage: str, context: partial[AbstractContextManager[None]]
-) -> list[Scores]:
+def _scores(cells: Sequence[_Cell], block: Block, stage: str, context: _Context) -> list[Scores]:
     block.train(False)
-    states: States = block.states
+    data = [cell.prepared.data for cell in cells]
     with context():
-        return evaluate([one.module for one in prepared], [one.data for one in prepared], stage, states)
+        return evaluate([cell.module for cell in cells], data, stage, block.states)
 
 
 def _outcome(cell: _Cell, dev: Scores, test: Scores) -> Outcome:

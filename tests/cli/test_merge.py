@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from peft_lightning import merge_adapters
 from peft_lightning.cli.main import main
+from peft_lightning.functional.recipes import Recipe
 from tests.cli.test_tools import refused
 from tests.sources import backbone_folder, module, written
 
@@ -116,6 +118,8 @@ def test_help_names_presets_and_options(capsys: pytest.CaptureFixture[str]) -> N
     assert caught.value.code == 0
     for word in ("acts+", "select", "svd", "--texts FILE", "--data_split", "examples:", "--streams"):
         assert word in printed
+    for stage in fields(Recipe):
+        assert f"{stage.name}=" in printed or stage.name == "scale"
 
 
 REFUSED: dict[str, tuple[list[str], int, str]] = {

@@ -303,12 +303,73 @@ def test_questions_stay_whole_in_a_part_of_the_evaluation_split() -> None:
         ({"seeds": [-1]}, "seeds is -1; allowed: at least 0"),
         ({"shot_seed": 5}, "shot_seed is 5; allowed: one of seeds, 13, 21, 42, 87, 100"),
         ({"test_rows": 0}, "test_rows is 0; allowed: at least 1"),
+        ({"calibration": "all"}, "calibration is 'all'; allowed: shots, pool"),
+        ({"calibration_rows": 0}, "calibration_rows is 0; allowed: at least 1"),
         ({"batch_size": 0}, "batch_size is 0; allowed: at least 1"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         module(**options)
+
+
+# -- what is read without labels
+
+
+def test_shots_are_calibrated_on_unless_the_pool_is_asked_for(cache_dir: Path) -> None:
+    rows = rows_of_three(400)
+    for calibration, count in (("shots", 15), ("pool", 40)):
+        data = module(rows=rows, shots=5, calibration=calibration, calibration_rows=40)
+        assert len(data.unlabelled("train")) == count and len(data.unlabelled("validation")) == 15
+        batches = list(data.calibration_dataloader())
+        assert sum(len(batch["rows"]) for batch in batches) == count
+        assert not any("labels" in batch for batch in batches)
+
+
+def test_the_pool_has_no_shot_and_no_dev_shot_and_no_text_twice() -> None:
+    rows = rows_of_three(400)
+    data = module(rows=rows, shots=5, calibration="pool", calibration_rows=60)
+    shown = {like(rows[number]) for stage in ("train", "validation") for number in data.numbers(stage)}
+    read: Any = data.source("pool").read()
+    pool = [like(row) for row in read]
+    assert len(pool) == len(set(pool)) == 60 and not shown & set(pool)
+    order = data.pool.order(data.shot_seed)
+    expected = [like(rows[row]) for row in order if like(rows[row]) not in shown]
+    assert pool == list(dict.fromkeys(expected))[:60]
+    more: Any = module(rows=rows, shots=5, calibration="pool", calibration_rows=10**6).source("pool").read()
+    assert {like(row) for row in more} == {like(row) for row in rows} - shown
+
+
+def test_another_seed_has_another_pool(cache_dir: Path) -> None:
+    data = module(rows=rows_of_three(400), shots=5, calibration="pool", seeds=(1, 2), calibration_rows=30)
+    digests = []
+    for seed in (1, 2, 1):
+        data.choose(seed)
+        digests.append(data.unlabelled("train").digest)
+    assert digests[0] == digests[2] != digests[1]
+    assert data.regime()["calibration"] == "pool" and data.regime()["calibration_rows"] == 30
+
+
+def test_labels_of_the_pool_change_nothing() -> None:
+    """They decide which rows are shots; of the others they are not read."""
+    rows = rows_of_three(400)
+    data = module(rows=rows, shots=5, calibration="pool", calibration_rows=40)
+    assert set(data.unlabelled("train").scalars) | set(data.unlabelled("train").ragged) == {
+        "input_ids",
+        "token_type_ids",
+    }
+
+
+def test_demonstrations_are_shown_in_the_pool_too(cache_dir: Path) -> None:
+    rows = {split: toy_rows("toy_sentiment", split, size=80) for split in ("train", "validation", "test")}
+    data = module("toy_sentiment+prompt-demo", rows, shots=2, calibration="pool", calibration_rows=5, max_length=64)
+    assert "sizes" in data.unlabelled("train").ragged and len(data.unlabelled("train")) == 5
+
+
+def test_an_empty_pool() -> None:
+    rows = [{"text": f"{word} {number}", "label": label} for number in range(2) for label, word in enumerate("abc")]
+    with pytest.raises(DataError, match="has no row beside the shots and the dev shots; wanted: 9"):
+        module(rows=rows, shots=1, calibration="pool", calibration_rows=9).source("pool")
 
 
 def test_only_stages_that_read_shots_have_numbers() -> None:

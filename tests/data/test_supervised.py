@@ -75,6 +75,21 @@ def test_predict_needs_no_labels_and_ignores_unusable_ones(cache_dir: Path) -> N
         assert set(batch) == {"inputs", "rows", "valid"}
 
 
+def test_calibration_reads_the_inputs_of_any_stage_in_a_random_order(cache_dir: Path) -> None:
+    rows = [{"text": " ".join(["the cat"] * (1 + number % 5))} for number in range(64)]  # not one label
+    data = module(TASK, rows={"validation": rows}, batch_size=8)
+    batches = list(data.calibration_dataloader("validation"))
+    assert all(set(batch) == {"inputs", "rows", "valid"} for batch in batches)
+    order = [row for batch in batches for row in batch["rows"].tolist()]
+    assert sorted(order) == list(range(64)) and order != sorted(order)
+    again = [row for batch in data.calibration_dataloader("validation") for row in batch["rows"].tolist()]
+    assert order == again
+    other = module(TASK, rows={"validation": rows}, batch_size=8, seed=1).calibration_dataloader("validation")
+    assert order != [row for batch in other for row in batch["rows"].tolist()]
+    with pytest.raises(DataError, match="column 'text': 3 is not a text"):
+        module(TASK, rows={"train": [{"text": 3}]}).calibration_dataloader()
+
+
 def test_labels(cache_dir: Path) -> None:
     data = module(TASK, rows={"train": ROWS})
     labels = data.labels("train")

@@ -136,6 +136,8 @@ def test_a_data_module_gives_its_rows_without_labels(family: list[Path], backbon
     assert record["data"]["task"] == "toy_sentiment" and record["data"]["rows"] == 40
     assert record["data"]["split"] == "train" and record["data"]["batch_size"] == 4 and record["tokens"] >= 100
     validation = merged(family, tmp_path / "other", backbone, "acts", data=data(max_length=16), split="validation")
+    with pytest.raises(UsageError, match="split = 'dev': must be train, validation or test"):
+        merge_adapters(family, tmp_path / "dev", backbone=backbone, data=source, split="dev")
     assert validation["data"]["split"] == "validation" and validation["data"]["rows"] == 256
 
 

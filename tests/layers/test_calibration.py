@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from peft_lightning.layers.calibration import Calibration, Observed
 from tests.layers.test_merging import backbone, batches, source
 from tests.reference.calibration import look
 
-KIND = {"kind": "pfeiffer", "nonlinearity": "relu"}
+KIND: Any = {"kind": "pfeiffer", "nonlinearity": "relu"}
 
 
 def observe(bare: Any, data: Any, tokens: int = 10_000, whole: bool = True, **options: Any) -> Observed:
@@ -50,14 +51,11 @@ def test_the_shared_stream_is_the_bare_backbones(kind: str) -> None:
     family = []
     for number in range(2):
         one = source(bare, number, kind=kind)
-        tensors = {n: torch.zeros_like(t) if "adapter_up" in n else t for n, t in one.tensors.items()}
-        family.append((one, {n: tensors[n] for n in one.tensors}))
+        silent = {n: torch.zeros_like(t) if "adapter_up" in n else t for n, t in one.tensors.items()}
+        family.append((one, replace(one, tensors=silent)))
     observed = {}
     for name, shared in (("bare", False), ("shared", True)):
-        groups = []
-        for one, silent in family:
-            tensors = silent if name == "bare" else one.tensors
-            groups.append(type(one)(name=one.name, adapter=one.adapter, tensors=tensors).neurons())
+        groups = [(quiet if name == "bare" else one).neurons() for one, quiet in family]
         calibration = Calibration(
             backbone=bare, kind=kind, nonlinearity="relu", batches=lambda: batches(), shared=shared
         )
@@ -72,6 +70,27 @@ def test_the_shared_stream_takes_one_pass_and_the_own_ones_take_a_block_each() -
     for shared in (False, True):
         observe(bare, batches(rows=3, count=2), shared=shared)
     assert rows == [6, 6, 3, 3]
+
+
+class Counter:
+    """A hook of somebody else's, which is part of something large."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise AssertionError("a trainer would have been copied")
+
+    def look(self, module: Any, args: Any, output: Any) -> None:
+        self.calls += 1
+
+
+def test_other_hooks_stay_and_their_owners_are_not_copied() -> None:
+    bare, counter = backbone(), Counter()
+    groups = [source(bare, number).neurons() for number in range(2)]
+    bare.encoder.register_forward_hook(counter.look)
+    calibration = Calibration(backbone=bare, batches=lambda: batches(count=2), **KIND)
+    assert calibration.observe(groups, ["pre"], 1000).tokens == 36 and counter.calls == 2
 
 
 def test_whole_batches_are_read_until_there_are_enough_tokens() -> None:

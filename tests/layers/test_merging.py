@@ -109,6 +109,23 @@ def test_copies_merge_to_the_adapter(preset: str, streams: str) -> None:
     assert_close(states(bare, result), states(bare, given), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"combine": "ties", "density": 1.0},
+        {"combine": "regmean"},
+        {"solver": "emd", "marginals": "importance"},
+        {"features": "all", "align": "weights", "metric": "inner"},
+    ],
+    ids=["ties", "regmean", "emd", "weights"],
+)
+def test_stages_other_than_a_presets_keep_copies_too(recipe: dict[str, Any]) -> None:
+    bare = backbone()
+    given = source(bare, 0)
+    result = merged(bare, [given, permuted(given, 1), permuted(given, 2)], "acts", recipe=recipe)
+    assert_close(states(bare, result), states(bare, given), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("preset", [*ALIGNED, "select"])
 def test_neurons_in_another_order_merge_back(preset: str) -> None:
     bare = backbone()
@@ -235,7 +252,7 @@ def test_the_report_says_what_a_slow_look_at_every_token_finds() -> None:
     for site, figures in exact.report["sites"].items():
         output = own[site].after @ exact.tensors[f"{site}.adapters.merged.adapter_up.weight"].double().t()
         output += exact.tensors[f"{site}.adapters.merged.adapter_up.bias"].double()
-        total = sum(weight * one[site].output for weight, one in zip(weights, seen, strict=True))
+        total = torch.stack([weight * one[site].output for weight, one in zip(weights, seen, strict=True)]).sum(0)
         error = (output - total).norm() / total.norm()
         assert figures["scaled_output_error"] == pytest.approx(float(error), rel=1e-3)
         error = (output - total / sum(weights)).norm() / (total / sum(weights)).norm()
@@ -262,16 +279,17 @@ def best_match(one: Tensor, other: Tensor) -> tuple[float, float]:
     return sum(cost[i][j] for i, j in enumerate(order)) / size, sum(cosines) / size
 
 
+def norm_at(site: str, tensors: Mapping[str, Tensor]) -> float:
+    parts = [t.square().sum() for name, t in tensors.items() if name.startswith(site) and name.endswith("weight")]
+    return float(torch.stack(parts).sum().sqrt())
+
+
 def test_norm_ratio_is_that_of_the_matrices() -> None:
     bare = backbone()
     family = [source(bare, number) for number in range(2)]
     result = merge_adapters(None, family, MergeConfig(preset="avg"))
     for site, figures in result.report["sites"].items():
-        norms = [
-            sum(float(t.square().sum()) for n, t in one.tensors.items() if n.startswith(site) and n.endswith("weight"))
-            ** 0.5
-            for one in (result, *family)
-        ]
+        norms = [norm_at(site, tensors) for tensors in (result.tensors, *(given.tensors for given in family))]
         assert figures["norm_ratio"] == pytest.approx(2 * norms[0] / (norms[1] + norms[2]), rel=1e-5)
         assert "output_error" not in figures and "cost" not in figures
 
@@ -375,7 +393,7 @@ def test_lora_concatenation_reproduces_the_weighted_sum_of_updates() -> None:
 def test_lora_cut_to_a_rank_fits_one_setting(preset: str, rank: int | None) -> None:
     bare = backbone()
     family = [source(bare, number, kind="lora", bottleneck=3 + number) for number in range(2)]
-    options = {"recipe": {"rank": rank}} if rank else {}
+    options: dict[str, Any] = {"recipe": {"rank": rank}} if rank else {}
     result = merged(None, family, preset, **options)
     wanted = rank or 4
     assert (
