@@ -96,7 +96,8 @@ def test_the_demo_ends_as_the_readme_shows(workplace: Path, capsys: pytest.Captu
     printed = printed[printed.rindex(shown.group(1).splitlines()[0]) :]
     assert _scores(printed) == pytest.approx(_scores(shown.group(1)), abs=0.02)
     assert _counts(printed) == _counts(shown.group(1))
-    new, merged = (float(line.split("│")[5].split("±")[0]) for line in printed.splitlines() if "│ toy_sentiment" in line)
+    rows = [line.split("│") for line in printed.splitlines() if "│ toy_sentiment" in line]
+    new, merged = (float(row[5].split("±")[0]) for row in rows)
     assert merged > new + 5
 
 

@@ -139,6 +139,11 @@ def _foreign(folder: Path, allow_bin: bool, with_head: bool, backbone: nn.Module
         folder, allow_bin=allow_bin, with_head=with_head, check=lambda facts: check_base(facts, here, folder)
     )
     config = read_json(folder / "adapter_config.json")
+    if config.get("use_rslora") is True:
+        raise CheckpointError(
+            f"{folder}: use_rslora = True: its scaling goes with its rank, which a merge changes; import it, and export "
+            "it again as plain LoRA"
+        )
     own = config.get("config")
     seed = own.get("init_weights_seed") if isinstance(own, dict) else None
     held = [folder / name for name in _TENSORS if (folder / name).exists()][:1]

@@ -63,6 +63,10 @@ class Block:
         self._padding = {"input_ids": config.pad_token_id or 0}
         self._spreads = first.adapter.kind == "pfeiffer" and config.model_type not in _UNSPREAD
         self._rows: Tensor | None = None
+        self._attention = config._attn_implementation
+        drops = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
+        left_open = first.backbone_config.attention == "auto"
+        self._plain_in_training = bool(drops) and left_open and first.device.type == "cpu"
         stack = [path for path in family_of(config.model_type).layers(config)]
         starts = next(i for i, path in enumerate(stack) if next(iter(layers)).startswith(path))
         for path in stack[starts + 1 :]:
@@ -90,7 +94,13 @@ class Block:
         return [module.pooled(_cut(part_BLH, one), one) for module, one, part_BLH in parts]
 
     def train(self, mode: bool) -> None:
-        """Set backbone and modules to training or evaluation."""
+        """Set backbone and modules to training or evaluation.
+
+        On a processor torch's fused attention computes dropout in steps that take twice the time of plain attention.
+        """
+        config: Any = self.backbone.config
+        if self._plain_in_training:
+            config._attn_implementation = "eager" if mode else self._attention
         self.backbone.train(mode)
         for module in self.modules:
             module.train(mode)

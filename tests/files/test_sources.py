@@ -14,6 +14,7 @@ import torch
 from peft_lightning import FineTuneModule
 from peft_lightning.backbones.build import BackboneConfig, build_backbone, fingerprint
 from peft_lightning.errors import CheckpointError, UsageError
+from peft_lightning.exchange import ExchangeWarning, export_adapter, import_adapter
 from peft_lightning.files.manifest import write_adapter
 from peft_lightning.files.sources import read_source, source_names
 from tests.sources import backbone_folder, module, written
@@ -150,11 +151,15 @@ def test_what_is_not_computed_here(kind: str, format: str, key: str, backbone: s
         read_source(path)
 
 
-def test_rslora_is_read_with_its_own_scaling(backbone: str, tmp_path: Path) -> None:
-    """PEFT's rank-stabilised LoRA differs in a factor only, which a merge folds in."""
+def test_rslora_is_refused_and_merges_as_plain_lora(backbone: str, tmp_path: Path) -> None:
     path = written(tmp_path / "out", module(backbone, 0, kind="lora", bottleneck=4, scaling=0.5), "peft")
     edited(path, use_rslora=True)
-    assert read_source(path).adapter.factor == pytest.approx(0.5 * 4 / 4**0.5)
+    with pytest.raises(CheckpointError, match="use_rslora = True.*import it, and export it again as plain LoRA"):
+        read_source(path)
+    with pytest.warns(ExchangeWarning, match="the head is new"):
+        plain = import_adapter(path, task="toy_sentiment", backbone={"name": backbone, "tokenizer": "toy"})
+    export_adapter(plain, tmp_path / "plain", format="peft", head=False)
+    assert read_source(tmp_path / "plain").adapter.factor == pytest.approx(0.5 * 4 / 4**0.5)
 
 
 @pytest.mark.parametrize(

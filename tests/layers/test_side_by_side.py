@@ -34,8 +34,8 @@ def group(bare: nn.Module, number: int, **options: Any) -> tuple[nn.Module, dict
     for layer in layers.values():
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=0.5)
-        for parameter in prunable(layer).values() if masked else ():
-            parameter.set_mask(torch.rand(parameter.weight.shape) < 0.5)
+        for prune in prunable(layer).values() if masked else ():
+            prune.set_mask(torch.rand(prune.weight.shape) < 0.5)
     return alone, {path.partition(".adapters.")[0]: layer for path, layer in layers.items()}  # type: ignore[misc]
 
 
