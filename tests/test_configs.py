@@ -13,14 +13,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import get_loader
 
 import peft_lightning
 from peft_lightning.cli.main import main
 from peft_lightning.data.toy import toy_rows
+from peft_lightning.study.cells import cells_of
+from peft_lightning.study.grid import read_grid
+from peft_lightning.study.results import majorities, read_study
+from peft_lightning.study.selection import choose
 from tests.toy import toy_sources
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
 METHODS = sorted((ROOT / "configs").glob("*.yaml"))
 # What these pretrain on here; a method that is tuned uses the toy task instead.
 SMALL = [
@@ -76,7 +82,7 @@ def test_the_first_line_is_a_command_that_uses_the_file(path: Path) -> None:
     assert not [file for file in files if not (ROOT / file).is_file()]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=_name)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in STUDIES], ids=_name)
 def test_two_steps(path: Path, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     run = tmp_path / "run"
@@ -94,6 +100,30 @@ def test_two_steps(path: Path, tmp_path: Path, cache_dir: Path, monkeypatch: pyt
     assert (run / "config.yaml").is_file()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=_name)
+def test_a_study_s_cells_can_be_made(path: Path) -> None:
+    words = _command(path)
+    assert words[0] == "study" and words[words.index("--output") + 1].startswith("runs/")
+    cells = cells_of(read_grid(get_loader("yaml")(path.read_text())))
+    assert len(cells) > 1
+    for name in {(cell.method, cell.variant, cell.task) for cell in cells}:
+        next(cell for cell in cells if (cell.method, cell.variant, cell.task) == name).module()
+
+
+def test_the_toy_study_learns(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = _command(ROOT / "configs" / "study" / "toy.yaml")
+    words[words.index("--output") + 1] = str(tmp_path)
+    main([*words, "--device", "cpu"])
+    records = choose(read_study(tmp_path))
+    names = ("untrained", "adapter", "sparse adapter")
+    accuracy = {name: [r["test"]["accuracy"] for r in records if r["cell"]["method"] == name] for name in names}
+    assert [len(values) for values in accuracy.values()] == [3, 3, 3]
+    means = [sum(values) / 3 for values in accuracy.values()]
+    majority = majorities(tmp_path)["toy_sentiment"]["accuracy"]
+    assert means[0] < majority + 0.05 and means[1] > majority + 0.1
 
 
 def test_the_toy_bart_learns_to_copy(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ def shared(key: str, build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _structure(backbone: nn.Module) -> nn.Module:
-    """A copy whose parameters are others, so that each may be frozen or not, over the same memory; buffers are copied."""
+    """A copy with parameters of its own, each frozen or not, over the same memory; buffers are copied."""
     alike = {id(p): nn.Parameter(p.detach(), requires_grad=p.is_floating_point()) for p in backbone.parameters()}
     return copy.deepcopy(backbone, {**alike})
 

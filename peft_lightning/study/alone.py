@@ -1,4 +1,4 @@
-"""A cell trained by an ordinary Trainer in this process, as ``peft-lightning fit`` does it, with nothing on the disk."""
+"""A cell trained by an ordinary Trainer in this process, as ``peft-lightning fit`` does it, nothing on the disk."""
 
 from __future__ import annotations
 

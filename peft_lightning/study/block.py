@@ -1,8 +1,8 @@
 """Several cells' adapters over one frozen backbone, in one batch.
 
 Each cell has a block of the batch, as many rows and tokens as the longest needs. Cells that read the same rows share
-the layers below their first adapter: their rows pass through these once, and are spread over the blocks after them. Where
-heads read the first token only, the last layer computes no others behind its attention.
+the layers below their first adapter: their rows pass through these once, and are spread over the blocks after them.
+Where heads read the first token only, the last layer computes no others behind its attention.
 
 Shapes: n cells, u of them with rows of their own, B rows of a block, L tokens, H width of the backbone.
 """

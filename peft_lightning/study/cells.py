@@ -66,7 +66,7 @@ class Cell:
         Raises:
             UsageError: an argument has a value that is not allowed.
         """
-        given = {"task": self.regime.task, "seed": self.seed, "max_length": self.regime.max_length}
+        given = {"task": self.regime.task or self.task, "seed": self.seed, "max_length": self.regime.max_length}
         try:
             return self.kind(**{**self.arguments, **given})
         except (TypeError, UsageError) as error:

@@ -56,7 +56,7 @@ class _Sheet:
             kept += _plain(values)
 
     def scores(self) -> Scores:
-        values = {name: float(metric.compute()) for name, metric in self.metrics.items(keep_base=True)}  # type: ignore[operator]
+        values = {name: float(metric.compute()) for name, metric in self.metrics.items(keep_base=True)}
         order = sorted(range(len(self.rows)), key=self.rows.__getitem__)
         predictions, truths = ([values[place] for place in order] for values in self.found)
         metrics = {**values, "loss": self.loss / self.weight if self.weight else 0.0}
@@ -84,7 +84,7 @@ def evaluate(
             ]
         else:
             outputs = [
-                module.kind.outputs(module.head(states_of), module.inputs(batch))  # type: ignore[operator]
+                module.kind.outputs(module.head(states_of), module.inputs(batch))
                 for module, states_of, batch in zip(modules, states(batches), batches, strict=True)
             ]
         for sheet, output, batch in zip(sheets, outputs, batches, strict=True):
@@ -112,7 +112,7 @@ def majority(module: TaskModule, data: FewShotDataModule) -> dict[str, float]:
             metrics.update(*found)
     except NotImplementedError:
         return {}
-    return {name: float(metric.compute()) for name, metric in metrics.items(keep_base=True)}  # type: ignore[operator]
+    return {name: float(metric.compute()) for name, metric in metrics.items(keep_base=True)}
 
 
 class _TestRows:

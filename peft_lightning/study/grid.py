@@ -143,7 +143,9 @@ class MethodGrid:
         for name in arguments:
             if name not in allowed:
                 instead = f"; it follows from {_GIVEN[name]}" if name in _GIVEN else ""
-                raise UsageError(f"{self.class_path} has no argument {name!r} here; allowed: {', '.join(allowed)}{instead}")
+                raise UsageError(
+                    f"{self.class_path} has no argument {name!r} here; allowed: {', '.join(allowed)}{instead}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,9 @@ class Identities:
         """
         module = cell.module()
         settings = dict(module.hparams)
-        backbone = {name: value for name, value in settings.pop("backbone").items() if name not in ("name", "tokenizer")}
+        backbone = {
+            name: value for name, value in settings.pop("backbone").items() if name not in ("name", "tokenizer")
+        }
         given = {name: value for name, value in cell.arguments.items() if name not in ("backbone", "optim")}
         regime = {name: value for name, value in asdict(cell.regime).items() if name not in _ELSEWHERE}
         identity = {

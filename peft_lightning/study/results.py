@@ -1,9 +1,9 @@
 """What a study leaves in its folder: a JSON file a cell, written in one step, and what the cells are cells of.
 
 A cell's file holds ``cell`` (what it is in its grid), ``metric`` (the task's first), ``dev`` and ``test`` (metrics and
-loss), ``predictions`` and ``truths`` of the test rows, ``losses`` of the first steps, ``steps``, ``epoch`` (whose weights
-were measured), ``skipped_steps``, ``trained_parameters``, ``seconds``, ``side_by_side`` (cells that shared the batch) and
-``versions``; of a cell that failed, ``error`` instead of results.
+loss), ``predictions`` and ``truths`` of the test rows, ``losses`` of the first steps, ``steps``, ``epoch`` (whose
+weights were measured), ``skipped_steps``, ``trained_parameters``, ``seconds``, ``side_by_side`` (cells that shared the
+batch) and ``versions``; of a cell that failed, ``error`` instead of results.
 """
 
 from __future__ import annotations

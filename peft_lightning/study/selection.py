@@ -18,8 +18,8 @@ _VARIED = ("variant", "lr", "epochs")
 def choose(cells: Sequence[Mapping[str, Any]], per: Sequence[str] = _RUN) -> list[Mapping[str, Any]]:
     """Return the cells of the variant that is best in each group.
 
-    A variant is what differs in ``variant``, ``lr`` or ``epochs``. The best one has the highest mean of the task's first
-    metric on the dev shots; of equal ones, that with the lower mean loss there, then the first. One that lacks
+    A variant is what differs in ``variant``, ``lr`` or ``epochs``. The best one has the highest mean of the task's
+    first metric on the dev shots; of equal ones, that with the lower mean loss there, then the first. One that lacks
     cells which others of its group have (those that failed) is chosen only if all do.
 
     Args:
@@ -30,8 +30,8 @@ def choose(cells: Sequence[Mapping[str, Any]], per: Sequence[str] = _RUN) -> lis
         UsageError: ``per`` names what is varied, or nothing that a cell has.
 
     >>> cells = [
-    ...     {"cell": {"method": "a", "variant": "x", "lr": lr, "epochs": 1}, "metric": "f1", "dev": {"f1": f1, "loss": 1}}
-    ...     for lr, f1 in ((0.1, 0.5), (0.2, 0.7))
+    ...     {"cell": {"method": "a", "variant": "x", "lr": lr, "epochs": 1}, "metric": "f1", "dev": dev}
+    ...     for lr, dev in ((0.1, {"f1": 0.5, "loss": 1.0}), (0.2, {"f1": 0.7, "loss": 1.0}))
     ... ]
     >>> [cell["cell"]["lr"] for cell in choose(cells, per=["method"])]
     [0.2]

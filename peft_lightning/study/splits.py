@@ -9,6 +9,7 @@ from peft_lightning.data.encode import tokenizer_digest
 from peft_lightning.data.few_shot import FewShotDataModule
 from peft_lightning.data.source import open_source
 from peft_lightning.study.cells import Cell
+from peft_lightning.tasks.table import get_task
 
 __all__ = ["Splits"]
 
@@ -61,7 +62,7 @@ class Splits:
         if group not in self._first:
             regime = cell.regime
             self._first[group] = FewShotDataModule(
-                regime.task,  # type: ignore[arg-type]  a mapping is one of the things that it may be
+                get_task(regime.task or cell.task),
                 shots=regime.shots[0],
                 shots_mode=regime.shots_mode,
                 seeds=self.seeds,

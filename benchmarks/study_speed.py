@@ -1,0 +1,175 @@
+"""Runs per minute of a study: a process for each run, one by one in a process, and side by side; arms in turn.
+
+Few-shot runs of a Pfeiffer adapter (width 48, 10 epochs over 10 shots per class of SST-2 in batches of 8, tested on 500
+rows), 4 rates on each of 2 splits. The process of a run is that of a study of one cell, with the data tokenised before:
+less than ``fit`` and ``test`` take. What is read once (backbone, rows) is in the time of every arm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import asdict
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.script import CONSOLE, run
+from benchmarks.shared import ROOT, backbone, clean_environment, data_folder
+from benchmarks.turns import take_turns
+from peft_lightning.errors import UsageError
+from peft_lightning.study.grid import merged_settings, read_grid
+from peft_lightning.study.records import RunRecord, write_record
+from peft_lightning.study.runner import run_study
+from peft_lightning.study.tables import markdown_table
+
+__all__ = ["main", "speed_table"]
+
+_GOALS = {"process": 2.0, "loop": 1.2}
+_TITLES = {"process": "a process for each run", "loop": "one by one", "together": "side by side"}
+
+
+def _grid(tiny: bool, device: str) -> dict[str, Any]:
+    """The grid of all arms."""
+    adapter = {"kind": "pfeiffer", "bottleneck": 8 if tiny else 48}
+    grid: dict[str, Any] = {
+        "backbone": asdict(backbone(tiny, "bfloat16")),
+        "data": {"shots": [10], "test_rows": 50 if tiny else 500, "max_length": 128},
+        "tasks": ["toy_sentiment" if tiny else "sst2"],
+        "seeds": [13] if tiny else [13, 21],
+        "lr": [5e-4, 1e-3] if tiny else [5e-4, 1e-3, 2e-3, 3e-3],
+        "epochs": [2 if tiny else 10],
+        "methods": {
+            "adapter": {
+                "class_path": "SparseAdapterModule",
+                "init_args": {"adapter": adapter, "prune": {"sparsity": 0.0}},
+            }
+        },
+        "device": device,
+    }
+    return grid if tiny else merged_settings(grid, {"data": {"root": str(data_folder())}})
+
+
+class _Arms:
+    """The three ways, each a call that does some runs from nothing but the cache of tokens.
+
+    Args:
+        grid: of all runs.
+        scratch: a folder.
+        processes: runs of the first arm, each in a process of its own.
+        threads: of torch.
+    """
+
+    def __init__(self, grid: dict[str, Any], scratch: Path, processes: int, threads: int) -> None:
+        self.grid, self.scratch, self.processes, self.threads = grid, scratch, processes, threads
+        self.number = 0
+        self.runs = {"process": processes, "loop": len(grid["seeds"]) * len(grid["lr"])}
+        self.runs["together"] = self.runs["loop"]
+        self.scores: dict[str, list[float]] = {}
+
+    def calls(self) -> dict[str, Callable[[], object]]:
+        """Return name -> call."""
+        loop, together = (partial(self._here, name, count) for name, count in (("loop", 1), ("together", 8)))
+        return {"process": self._apart, "loop": loop, "together": together}
+
+    def _apart(self) -> None:
+        for number in range(self.processes):
+            one = {"seeds": self.grid["seeds"][:1], "lr": [self.grid["lr"][number % len(self.grid["lr"])]]}
+            config = self.scratch / "one.yaml"
+            config.write_text(json.dumps({**self.grid, **one}), encoding="utf-8")  # JSON is YAML
+            words = ["study", "--config", str(config), "--output", str(self._folder())]
+            start = f"import torch; torch.set_num_threads({self.threads}); from peft_lightning.cli.main import main; "
+            done = subprocess.run(
+                [sys.executable, "-c", f"{start}main({words!r})"], cwd=ROOT, capture_output=True, text=True
+            )
+            if done.returncode:
+                raise UsageError(f"a run failed: {done.stderr.strip().splitlines()[-1]}")
+
+    def _here(self, name: str, count: int) -> None:
+        with redirect_stderr(StringIO()):
+            records = run_study(read_grid({**self.grid, "side_by_side": count}), self._folder())
+        if failed := [record["error"] for record in records if "error" in record]:
+            raise UsageError(f"a run failed: {failed[0]}")
+        self.scores[name] = [record["test"]["accuracy"] for record in records]
+
+    def _folder(self) -> Path:
+        self.number += 1
+        return self.scratch / str(self.number)
+
+
+def _measure(tiny: bool, threads: int, turns: int, device: str, environment: dict[str, Any]) -> RunRecord:
+    started = time.perf_counter()
+    grid = _grid(tiny, device)
+    with tempfile.TemporaryDirectory() as folder:
+        arms = _Arms(grid, Path(folder), 1 if tiny else 2, threads)
+        seconds = take_turns(arms.calls(), turns, warm=0 if tiny else 1, device=device)
+    series = {name: [60 * arms.runs[name] / value for value in values] for name, values in seconds.items()}
+    accuracy = {f"accuracy/{name}": sum(values) / len(values) for name, values in arms.scores.items()}
+    return RunRecord(
+        name="study_speed",
+        status="finished",
+        config={"grid": grid, "threads": threads, "turns": turns, "runs": arms.runs},
+        data={"task": grid["tasks"][0], **grid["data"]},
+        model=grid["backbone"],
+        seeds={"first": grid["seeds"][0]},
+        environment=environment,
+        results={**{name: median(values) for name, values in series.items()}, **accuracy},
+        series=series,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def speed_table(record: RunRecord) -> str:
+    """Return the runs per minute of each arm, and the median over turns of what side by side gains on it."""
+    rows: list[Mapping[str, object]] = []
+    for name, title in _TITLES.items():
+        pairs = zip(record.series["together"], record.series[name], strict=True)
+        gain = median(one / other for one, other in pairs)
+        goal = f"at least {_GOALS[name]:g}" if name in _GOALS else ""
+        rows.append(
+            {
+                "runs": title,
+                "runs per minute": f"{record.results[name]:.1f}",
+                "side by side is faster by": f"{gain:.2f}" if goal else "",
+                "goal": goal,
+            }
+        )
+    return markdown_table(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, write the record, and print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study_speed", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--tiny", action="store_true", help="try it in seconds: toy data, random encoder")
+    parser.add_argument("--allow-dirty", action="store_true", help="run with uncommitted changes; the record says so")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="of all arms (default: %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="folder of the record")
+    options = parser.parse_args(arguments)
+    default = ROOT / "runs" / "bench-tiny" if options.tiny else ROOT / "benchmarks" / "results" / "study_speed"
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    torch.set_num_threads(options.threads)
+    environment = clean_environment(options.allow_dirty or options.tiny)
+    record = _measure(options.tiny, options.threads, 1 if options.tiny else options.turns, options.device, environment)
+    write_record((options.out or default) / f"study_speed_{options.device}.json", record)
+    CONSOLE.print(speed_table(record))
+
+
+if __name__ == "__main__":
+    run(main)
