@@ -2,7 +2,8 @@
 
 Symbols: ``w`` = weights of the adapters, of either sign; ``v`` = what the output stands for, sum_j v_j f_j.
 
-* sum, equation 1: both matrices added. The output then grows with the square of the number of adapters.
+* sum, equation 1: both matrices added, down projections by |w|. The output then grows with the square of the number of
+  adapters. That is its own scale, sum; at any other one it is the average.
 * average, equations 2 and 5: down projections averaged, each slot over the adapters that own it, by |w|; up
   projections added by v. For weights of one sign that is the paper's average, at the scale ``mean``. A negative weight
   subtracts an adapter's *function* (task arithmetic, Ilharco et al., 2023): the zero of adapters is the zero function,
@@ -37,24 +38,21 @@ def output_weights(weights: Sequence[float], scale: str | float) -> list[float]:
 
     Args:
         weights: w, at least one of them not zero.
-        scale: sum (as they are), mean (divided by their sum), or a factor of the mean.
+        scale: sum (as they are), mean (divided by the sum of their sizes, so that signs stay), or a factor of the mean.
 
     Raises:
-        UsageError: if a weight is not finite, all are zero, or a mean is asked for of weights whose sum is zero.
+        UsageError: if a weight is not finite, or all are zero.
 
-    >>> output_weights([1.0, 3.0], "mean")
-    [0.25, 0.75]
+    >>> output_weights([1.0, -3.0], "mean")
+    [0.25, -0.75]
     """
     weights = [float(weight) for weight in weights]
     if not any(weights) or not all(abs(weight) < float("inf") for weight in weights):
         raise UsageError(f"merge.weights = {list(weights)}: must be finite, and not all zero")
     if scale == "sum":
         return weights
-    total, size = sum(weights), sum(abs(weight) for weight in weights)
-    if abs(total) < 1e-9 * size:
-        raise UsageError(f"merge.scale = {scale!r}: weights {list(weights)} have the sum 0 and no mean; use sum")
-    factor = 1.0 if isinstance(scale, str) else scale
-    return [factor * weight / total for weight in weights]
+    size, factor = sum(abs(weight) for weight in weights), 1.0 if isinstance(scale, str) else scale
+    return [factor * weight / size for weight in weights]
 
 
 def mean_factor(weights: Sequence[float], scale: str | float) -> float:
@@ -96,8 +94,8 @@ def combine(
     outputs = output_weights(weights, recipe.scale)
     sizes = [abs(weight) for weight in weights]
     shares: list[Tensor | float] = [size / sum(sizes) for size in sizes]
-    if recipe.combine == "sum":
-        shares = list(weights)  # a slot that an adapter does not own adds zero
+    if recipe.combine == "sum" and recipe.scale == "sum":
+        shares = list(sizes)  # a slot that an adapter does not own adds zero
     elif not owned_nT.all():
         shares = list(_averaging(owned_nT.to(aligned[0].down_RD), sizes))
     columns = [share if isinstance(share, float) else share[:, None] for share in shares]
@@ -166,7 +164,10 @@ def prune(merged: Bottleneck, aligned: Sequence[Bottleneck], kept: int | None) -
         size = {"down": merged.down_RD.abs(), "up": merged.up_DR.abs()}
         # what the union removes comes after every entry that it keeps, also after those that happen to be zero
         ranked = {"down": size["down"].where(down_mask_TD, -1.0), "up": size["up"].where(up_mask_DT, -1.0)}
-        masks = top_masks(ranked, kept)
+        try:
+            masks = top_masks(ranked, kept)
+        except UsageError as error:
+            raise UsageError(f"merge.budget = {kept}: leaves a matrix of the merged adapter without entries") from error
         down_mask_TD, up_mask_DT = masks["down"], masks["up"]
     if down_mask_TD.all() and up_mask_DT.all():
         return replace(merged, down_mask_RD=None, up_mask_DR=None)

@@ -114,5 +114,5 @@ class MergeConfig:
             raise UsageError(f"merge.recipe.rank = {rank!r}: must be a whole number of at least 1, and cat takes none")
         if type(density) not in (int, float) or not 0 < density <= 1:
             raise UsageError(f"merge.recipe.density = {density!r}: must be above 0 and at most 1")
-        if type(seed) is not int or seed < 0:
-            raise UsageError(f"merge.recipe.seed = {seed!r}: must be a whole number of at least 0")
+        if type(seed) is not int or not 0 <= seed < 2**31:
+            raise UsageError(f"merge.recipe.seed = {seed!r}: must be a whole number of at least 0 and below 2**31")

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from peft_lightning.errors import UsageError
 from peft_lightning.functional.combining import output_weights
 from peft_lightning.functional.lowrank import LowRank, concatenate
 from peft_lightning.functional.merging import Merge
@@ -72,10 +71,7 @@ def output_errors(
         moments: of activations, the merged adapter's first, then those of the adapters.
     """
     error = output_error(merge.bottleneck, sources, merge.outputs, moments)
-    try:
-        outputs = tuple(output_weights(weights, "mean"))
-    except UsageError:  # weights of the sum 0 have no mean
-        return {"output_error": None, "scaled_output_error": _finite(error)}
+    outputs = tuple(output_weights(weights, "mean"))
     mean = error if outputs == merge.outputs else output_error(merge.bottleneck, sources, outputs, moments)
     return {"output_error": _finite(mean), "scaled_output_error": _finite(error)}
 

@@ -10,6 +10,7 @@ LoRA's updates are merged by functional/lowrank, linear map by linear map, witho
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -221,7 +222,8 @@ def _merge_lora(sources: Sequence[MergeSource], config: MergeConfig, adapter: Ad
     tensors, figures = {}, {}
     for site in groups[0]:
         updates = [group[site] for group in groups]
-        merged, lost = merge_updates(updates, **options)
+        seed = (options["seed"] << 32) + zlib.crc32(site.encode())  # DARE drops other entries at each site
+        merged, lost = merge_updates(updates, **{**options, "seed": seed})
         figures[site] = describe_update(merged, updates, outputs, lost)
         more = adapter.bottleneck - merged.rank
         base = f"{site}.loras.{adapter.name}"

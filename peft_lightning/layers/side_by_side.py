@@ -41,7 +41,7 @@ class SideBySide(SiteLayer):
         first = self._unregistered[0]
         self._alike = all(
             adapter.adapter_up.weight.shape == first.adapter_up.weight.shape
-            and type(adapter.adapter_down[1]) is type(first.adapter_down[1])
+            and repr(adapter.adapter_down[1]) == repr(first.adapter_down[1])
             and adapter.scaling == first.scaling
             for adapter in self._unregistered
         )

@@ -162,7 +162,7 @@ def shape_of(module: TaskModule, shared: SharedBackbones) -> tuple[Any, ...] | N
 
 
 def _shape(layer: Bottleneck) -> tuple[Any, ...]:
-    return layer.adapter_up.in_features, type(layer.adapter_down[1]).__name__, layer.scaling
+    return layer.adapter_up.in_features, repr(layer.adapter_down[1]), layer.scaling
 
 
 def _filled(tensor: Tensor, size: int, length: int, padding: int) -> Tensor:

@@ -57,10 +57,27 @@ def test_weights_that_say_nothing(weights: list[float]) -> None:
         output_weights(weights, "sum")
 
 
-@pytest.mark.parametrize("scale", ["mean", 2.0])
-def test_opposite_weights_have_no_mean(scale: str | float) -> None:
-    with pytest.raises(UsageError, match=r"merge\.scale = .*sum 0 and no mean; use sum"):
-        output_weights([1.0, -1.0], scale)
+@given(weights=st.lists(st.floats(0.1, 9), min_size=1, max_size=5), signs=st.integers(0, 31))
+def test_no_scale_turns_a_sign(weights: list[float], signs: int) -> None:
+    signed = [-weight if signs >> place & 1 else weight for place, weight in enumerate(weights)]
+    for scale in ("sum", "mean", 2.0):
+        outputs = output_weights(signed, scale)
+        assert [v > 0 for v in outputs] == [w > 0 for w in signed]
+        assert sum(map(abs, outputs)) == pytest.approx({"sum": sum(weights), "mean": 1, 2.0: 2}[scale])
+
+
+@pytest.mark.parametrize("scale", ["mean", 0.5])
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [2.0, -0.5]])
+def test_sum_at_another_scale_is_the_average(scale: str | float, weights: list[float]) -> None:
+    pair = [_adapter(0), _adapter(1)]
+    got = combine(pair, _all(2), weights, Recipe(combine="sum", scale=scale))
+    wanted = combine(pair, _all(2), weights, Recipe(scale=scale))
+    assert_close(output(got, _inputs()), output(wanted, _inputs()))
+
+
+def test_sum_of_one_negative_weight_negates_the_function() -> None:
+    got = combine([_adapter(0)], _all(1), [-1.0], Recipe(combine="sum", scale="sum"))
+    assert_close(output(got, _inputs()), -output(_adapter(0), _inputs()))
 
 
 @pytest.mark.parametrize("weights", [[1.0, -1.0], [2.0, -0.5], [-1.0, -1.0]])

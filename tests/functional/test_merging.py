@@ -218,7 +218,8 @@ def test_the_scale_is_a_factor_of_the_output(preset: str) -> None:
     mean, total, third = (
         _whole(sources, replace(PRESETS[preset], scale=scale)).bottleneck for scale in ("mean", "sum", 1 / 3)
     )
-    _same_function(total, mean, 4, atol=1e-9)
+    if preset != "sum":  # whose own scale is equation 1, in both matrices
+        _same_function(total, mean, 4, atol=1e-9)
     _same_function(third, mean, 1 / 3, atol=1e-9)
 
 

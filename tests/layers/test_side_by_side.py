@@ -61,10 +61,11 @@ def test_blocks_equal_adapters_alone(family: str, kind: str) -> None:
         [{}, {"bottleneck": 7}],
         [{}, {"scaling": 3.0}],
         [{}, {"nonlinearity": "tanh"}],
+        [{"nonlinearity": "gelu"}, {"nonlinearity": "gelu_new"}],
         [{"masked": True}, {"masked": True}],
         [{"masked": True}, {}],
     ],
-    ids=["widths", "scalings", "nonlinearities", "masks", "one mask"],
+    ids=["widths", "scalings", "nonlinearities", "gelus", "masks", "one mask"],
 )
 def test_gradients_are_those_of_each_alone(options: list[dict[str, Any]]) -> None:
     bare = backbone("bert").requires_grad_(False)
