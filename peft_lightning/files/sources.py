@@ -141,8 +141,8 @@ def _foreign(folder: Path, allow_bin: bool, with_head: bool, backbone: nn.Module
     config = read_json(folder / "adapter_config.json")
     if config.get("use_rslora") is True:
         raise CheckpointError(
-            f"{folder}: use_rslora = True: its scaling goes with its rank, which a merge changes; import it, and export "
-            "it again as plain LoRA"
+            f"{folder}: use_rslora = True: its scaling goes with its rank, which a merge changes; import it, and "
+            "export it again as plain LoRA"
         )
     own = config.get("config")
     seed = own.get("init_weights_seed") if isinstance(own, dict) else None

@@ -35,9 +35,9 @@ class Recipe:
         regularisation: Sinkhorn's, relative to the spread of the costs.
         marginals: of emd and sinkhorn: uniform, or importance (norms of what is compared).
         reference: what the others are aligned to: first, medoid (least total cost), or the number of an adapter.
-        combine: sum (equation 1: both matrices; at another scale than sum the average), average (down projections averaged by the weights' sizes, up
-            projections added with their signs: task arithmetic), ties, regmean, or select (some of all neurons as
-            they are).
+        combine: sum (equation 1: both matrices; at another scale than sum it is the average), average (down projections
+            averaged by the weights' sizes, up projections added with their signs: task arithmetic), ties, regmean, or
+            select (some of all neurons as they are).
         density: share of entries that TIES keeps of each adapter.
         shrink: RegMean's factor of products of different neurons.
         choice: what ``select`` keeps: energy (the neurons of largest output energy) or gain (one by one those that

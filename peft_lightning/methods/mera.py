@@ -276,7 +276,9 @@ class MerAModule(TaskModule):
         facts, merged = self.summary(), self.merged or {}
         sparse = f", {facts['kept_share']:.4f} of its weights kept" if self.masked else ""
         names = ", ".join(str(name) for name in merged.get("sources", ()))
-        tokens = f", on {merged['tokens']:,} tokens" if merged.get("tokens") else ""
+        read = merged.get("tokens") or 0
+        fewer = f" (of {self.merge.tokens:,} asked for)" if read < self.merge.tokens else ""
+        tokens = f", on {read:,} tokens{fewer}" if read else ""
         shape = f"{self.adapter.kind}, width {self.adapter.bottleneck}, {len(self.adapters)} places{sparse}"
         return {"adapters": shape, "merged": f"{self.merge.preset} of {names or 'nothing yet'}{tokens}"}
 

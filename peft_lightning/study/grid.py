@@ -41,6 +41,8 @@ class DataRegime:
         splits: from a stage to the split it reads, where not the task's own.
         shots: numbers K of shots, a cell each.
         shots_mode: per_class or total.
+        calibration: what merges read without labels: shots, or pool (rows that are none).
+        calibration_rows: how many of the pool.
         test_rows: how many rows are reported on at most; all if null.
         batch_size: rows of a training batch.
         eval_batch_size: rows that are read at once where nothing trains, of all cells together.
@@ -56,6 +58,8 @@ class DataRegime:
     splits: dict[str, str] | None = None
     shots: list[int] = field(default_factory=lambda: [10])
     shots_mode: str = "per_class"
+    calibration: str = "shots"
+    calibration_rows: int = 128
     test_rows: int | None = None
     batch_size: int = 8
     eval_batch_size: int = 64

@@ -1,8 +1,9 @@
 """What a cell of a study is known by, also in a later process.
 
 A cell's digest is over everything that decides its result: the method with all its arguments, the content of the files
-that they name, the backbone's weights, the rows and the tokenizer, epochs, precision, and this package's version. Not
-over how many cells are trained side by side, where files lie, or what its task and method are called in the grid.
+that they name, the backbone's weights and configuration, the rows and the tokenizer, epochs, precision, and this package's
+version. Not over how many cells are trained side by side, where files lie, or what its task and method are called in the
+grid; nor over the commit, which each cell's file names: a changed source tree does not run finished cells again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from peft_lightning.study.cells import Cell
 
 __all__ = ["Identities"]
 
+_FILES = ("sources", "fusion", "file")
+_NO_SHAPE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 # What does not decide a cell's result, or is in the digest as what it stands for.
 _ELSEWHERE = ("task", "root", "cache_dir", "eval_batch_size", "shots")
 
@@ -53,7 +56,7 @@ class Identities:
             "package": __version__,
             "class": f"{cell.kind.__module__}.{cell.kind.__qualname__}",
             "settings": self._with_contents(settings, set(_paths(given))),
-            "backbone": {**backbone, "weights": self._weights_of(module.backbone_config)},
+            "backbone": {**backbone, "weights": self._backbone(module.backbone_config)},
             "data": {**regime, "shots": cell.shots, "seed": cell.seed, **rows},
             "training": {"epochs": cell.epochs, "precision": cell.precision, "select": cell.select},
         }
@@ -71,23 +74,30 @@ class Identities:
             self._contents[value] = _content(Path(value).expanduser())
         return self._contents[value]
 
-    def _weights_of(self, config: BackboneConfig) -> str:
-        """What identifies a backbone's weights; those of a random one follow from its settings and the seed."""
+    def _backbone(self, config: BackboneConfig) -> str:
+        """What identifies a backbone, weights and configuration; a random one follows from settings and seed."""
         if config.name is None:
             return "random"
         key = f"{config.name} {config.revision}"
         if key not in self._weights:
-            self._weights[key] = str(fingerprint(build_backbone(config))["weights"])
+            backbone: Any = build_backbone(config)
+            shape = {name: value for name, value in backbone.config.to_dict().items() if name not in _NO_SHAPE}
+            found = [fingerprint(backbone)["weights"], shape]
+            self._weights[key] = hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()
         return self._weights[key]
 
 
-def _paths(value: Any) -> Iterator[str]:
-    """All texts that name a file or folder and look like a path."""
-    if isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _paths(part)
-    elif isinstance(value, str | os.PathLike) and os.sep in str(value) and Path(value).expanduser().exists():
-        yield str(value)
+def _paths(value: Any, names_files: bool = False) -> Iterator[str]:
+    """All texts that name a file or folder: those of arguments that say so, and what looks like a path."""
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _paths(part, name in _FILES)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _paths(part, names_files)
+    elif isinstance(value, str | os.PathLike) and (names_files or os.sep in str(value)):
+        if Path(value).expanduser().exists():
+            yield str(value)
 
 
 def _content(place: Path) -> str:

@@ -8,9 +8,11 @@ batch) and ``versions``; of a cell that failed, ``error`` instead of results.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ import torch
 from peft_lightning import __version__
 from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import DataError
+from peft_lightning.study.records import environment
 
 __all__ = ["StudyFolder", "majorities", "read_study", "versions", "write_json"]
 
 Record = dict[str, Any]
+_RESULTS = {"metric", "dev", "test", "predictions", "truths", "steps", "trained_parameters"}
 
 
 class StudyFolder:
@@ -46,7 +50,28 @@ class StudyFolder:
             record = json.loads(self.path(digest).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return record if isinstance(record, dict) and "test" in record else None
+        return record if isinstance(record, dict) and _RESULTS <= record.keys() else None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other studies out of the folder, as far as its file system knows locks.
+
+        Raises:
+            DataError: another one is at work there, or the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise DataError(f"output = {self.folder}: cannot be written ({error})") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"output = {self.folder}: another study is at work there") from None
+            except OSError:  # a file system without locks: cells' files appear whole all the same
+                pass
+            yield
 
     def write(self, digest: str, record: Record) -> None:
         """Write a cell's file.
@@ -71,13 +96,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_study(folder: str | Path) -> list[Record]:
-    """Return the finished cells of a study's folder, in the order of its grid.
+    """Return the finished cells of a study's folder, in the order and under the names of its last grid.
 
     Raises:
         DataError: the folder holds no study.
     """
-    place, digests = StudyFolder(folder), _about(folder, "cells")
-    return [record for digest in digests if (record := place.finished(digest)) is not None]
+    place, cells = StudyFolder(folder), _about(folder, "cells")
+    found = [(place.finished(digest), key) for digest, key in cells]
+    return [{**record, "cell": key} for record, key in found if record is not None]
 
 
 def majorities(folder: str | Path) -> dict[str, dict[str, float]]:
@@ -98,6 +124,9 @@ def _about(folder: str | Path, name: str) -> Any:
 
 def versions(device: torch.device) -> dict[str, str]:
     """Return what a result was made with."""
+    about = environment()
     packages = {name: metadata.version(name) for name in ("torch", "lightning", "transformers")}
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"peft_lightning": __version__, "python": platform.python_version(), **packages, "device": name}
+    commit = f"{about['commit']}{' (changed)' if about['dirty'] else ''}" if about["commit"] else "none"
+    ours = {"peft_lightning": __version__, "commit": commit}
+    return {**ours, "python": platform.python_version(), **packages, "device": name}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,16 @@ def run_study(grid: Grid, output: str | Path) -> list[Record]:
         PeftLightningError: something changed the shared backbone.
     """
     device, folder, cells = _device(grid.device), StudyFolder(output), cells_of(grid)
-    with sharing_backbones(device) as shared:
+    with ExitStack() as stack:
+        shared = stack.enter_context(sharing_backbones(device))
         splits, identities = Splits(grid.seeds), Identities()
         digests = [identities.digest(cell, splits.rows(cell)) for cell in cells]
+        stack.enter_context(folder.alone())
         found = {digest: record for digest in dict.fromkeys(digests) if (record := folder.finished(digest))}
         missing = {digest: cell for digest, cell in zip(digests, cells, strict=True) if digest not in found}
-        about = {"grid": asdict(grid), "cells": digests, "environment": environment()}
-        write_json(folder.folder / "study.json", about)
+        keys = [cell.key for cell in cells]
+        about = {"grid": asdict(grid), "cells": list(zip(digests, keys, strict=True)), "environment": environment()}
+        write_json(folder.folder / "study.json", {**about, "majority": {}})
         work = _Work(splits, shared, device)
         names = {id(cell): digest for digest, cell in missing.items()}
         progress = Progress(list(missing.values()), len(found))
@@ -79,6 +82,7 @@ class _Work:
 
     def __init__(self, splits: Splits, shared: SharedBackbones, device: torch.device) -> None:
         self.splits, self.shared, self.device = splits, shared, device
+        self.versions = versions(device)
 
     def run(self, group: Sequence[Cell], tick: Tick) -> list[Record]:
         """Run cells, side by side where there are several; their records, also of those that fail."""
@@ -87,7 +91,7 @@ class _Work:
         each = (time.perf_counter() - started) / len(group)
         return [
             {"cell": cell.key, **_content(cell, outcome), "seconds": each, "side_by_side": len(group)}
-            | {"versions": versions(self.device)}
+            | {"versions": self.versions}
             for cell, outcome in zip(group, outcomes, strict=True)
         ]
 

@@ -65,6 +65,8 @@ class Splits:
                 get_task(regime.task or cell.task),
                 shots=regime.shots[0],
                 shots_mode=regime.shots_mode,
+                calibration=regime.calibration,
+                calibration_rows=regime.calibration_rows,
                 seeds=self.seeds,
                 test_rows=regime.test_rows,
                 tokenizer=_tokenizer(cell),

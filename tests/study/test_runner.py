@@ -12,13 +12,13 @@ import torch
 import yaml
 from torch.testing import assert_close
 
-from peft_lightning import FewShotDataModule, load
+from peft_lightning import FewShotDataModule, SparseAdapterModule, export_adapter, load
 from peft_lightning.backbones.sharing import SharedBackbones
 from peft_lightning.cli.main import main
 from peft_lightning.errors import DataError, UsageError
 from peft_lightning.study import runner
 from peft_lightning.study.grid import merged_settings, read_grid
-from peft_lightning.study.results import majorities, read_study
+from peft_lightning.study.results import StudyFolder, majorities, read_study
 from peft_lightning.study.runner import run_study
 from peft_lightning.study.together import run_together
 from tests.study.helpers import FULL, SPARSE, folder, grid_of
@@ -111,6 +111,56 @@ def test_a_cell_is_what_fit_and_test_give(backbone: str, tmp_path: Path, cache_d
     assert record["epoch"] * 3 == torch.load(found, weights_only=True)["global_step"]
     assert record["test"]["accuracy"] == pytest.approx(scores["test/accuracy"])
     assert record["test"]["loss"] == pytest.approx(scores["test/loss"], abs=1e-6)
+
+
+def test_cells_have_the_names_of_the_grid_that_asks(backbone: str, tmp_path: Path) -> None:
+    """Two methods that are one, and a method that was renamed: one file each, under every name."""
+    alike = grid_of(backbone, {"one": SPARSE, "two": SPARSE}, seeds=[3], epochs=[1])
+    run(alike, tmp_path)
+    assert [record["cell"]["method"] for record in read_study(tmp_path)] == ["one", "two"]
+    renamed = run(grid_of(backbone, {"three": SPARSE}, seeds=[3], epochs=[1]), tmp_path)
+    assert len(list((tmp_path / "cells").iterdir())) == 1
+    assert [record["cell"]["method"] for record in renamed] == ["three"]
+    assert [record["cell"]["method"] for record in read_study(tmp_path)] == ["three"]
+
+
+def test_what_decides_a_cell_and_is_no_number(backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that is named without a slash, and the backbone's configuration."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(backbone, "encoder")
+    write_source("source", backbone, seed=1)
+    merged = {"class_path": "MerAModule", "init_args": {"sources": ["source"]}}
+    grid = grid_of("encoder", {"m": merged}, seeds=[3], epochs=[1])
+    assert len(run(grid, tmp_path / "out")) == len(list((tmp_path / "out" / "cells").iterdir())) == 1
+    write_source("source", backbone, seed=2)
+    run(grid, tmp_path / "out")
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 2
+    config = json.loads(Path("encoder/config.json").read_text())
+    Path("encoder/config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    run(grid, tmp_path / "out")
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 3
+
+
+def write_source(path: str, backbone: str, seed: int) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    options: dict[str, Any] = {"adapter": {"kind": "pfeiffer", "bottleneck": 4}, "prune": {"sparsity": 0.0}}
+    encoder: Any = {"name": backbone, "tokenizer": "toy"}
+    module = SparseAdapterModule("toy_pairs", encoder, seed=seed, **options)
+    export_adapter(module, path, format="adapterhub", head=False)
+
+
+def test_two_studies_do_not_share_a_folder(backbone: str, tmp_path: Path) -> None:
+    with StudyFolder(tmp_path).alone(), pytest.raises(DataError, match="another study is at work there"):
+        run(grid_of(backbone, {"m": SPARSE}, seeds=[3], epochs=[1]), tmp_path)
+
+
+def test_a_cell_without_results_is_run_again(backbone: str, tmp_path: Path) -> None:
+    grid = grid_of(backbone, {"m": SPARSE}, seeds=[3], epochs=[1])
+    (record,) = run(grid, tmp_path)
+    (path,) = (tmp_path / "cells").iterdir()
+    path.write_text(json.dumps({"test": {}}))
+    (again,) = run(grid, tmp_path)
+    assert again["predictions"] == record["predictions"] and json.loads(path.read_text()) == again
 
 
 def test_a_killed_study_goes_on_and_repeats_nothing(
