@@ -1,9 +1,10 @@
 """What a cell of a study is known by, also in a later process.
 
-A cell's digest is over everything that decides its result: the method with all its arguments, the content of the files
-that they name, the backbone's weights and configuration, the rows and the tokenizer, epochs, precision, and this package's
-version. Not over how many cells are trained side by side, where files lie, or what its task and method are called in the
-grid; nor over the commit, which each cell's file names: a changed source tree does not run finished cells again.
+A cell's digest is over everything that decides its result: the method with all its arguments, the content of the
+files that they name, the backbone's weights and configuration, the rows and the tokenizer, epochs, precision, and this
+package's version. Not over how many cells are trained side by side, where files lie, or what its task and method are
+called in the grid; nor over the commit, which each cell's file names: a changed source tree does not run finished
+cells again.
 """
 
 from __future__ import annotations
