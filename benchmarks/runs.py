@@ -228,6 +228,7 @@ def _majority(module: TaskModule, data: TaskDataModule) -> dict[str, float]:
 def _portable(options: dict[str, Any]) -> dict[str, Any]:
     """Return a module's options with the encoder's folder cut to its last two names."""
     encoder = dict(options["backbone"])
-    if encoder["name"] is not None:
-        encoder["name"] = "/".join(Path(encoder["name"]).parts[-2:])
+    for key in ("name", "tokenizer"):
+        if encoder.get(key) is not None:
+            encoder[key] = "/".join(Path(encoder[key]).parts[-2:])
     return options | {"backbone": encoder}
