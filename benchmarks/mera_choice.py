@@ -1,12 +1,12 @@
 """What is chosen for MerA's tables on splits that no table shows, and what of the reported ones goes into their files.
 
 Rates are chosen by the mean accuracy on dev shots over tasks, splits and arms of a family, of equals the one with the
-lower mean loss; the single source for each task likewise, at the rate of its family.
+lower mean loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.mera_arms import Plan
@@ -14,7 +14,7 @@ from benchmarks.mera_cells import Cell
 from peft_lightning.errors import DataError
 from peft_lightning.study.selection import choose
 
-__all__ = ["choose_rates", "choose_singles", "table_cells"]
+__all__ = ["choose_rates", "table_cells"]
 
 _Row = Mapping[str, Any]
 
@@ -31,38 +31,13 @@ def choose_rates(plan: Plan, cells: Iterable[_Row]) -> dict[str, float]:
     """
     families = {arm.name: arm.family for arm in plan.arms}
     known = [cell for cell in cells if cell["cell"]["method"] in families]
-    # sources are chosen later: here they are further splits
+    # the single adapter's sources are further splits here
     renamed = [_renamed(cell, method=families[cell["cell"]["method"]], variant="") for cell in known]
     chosen = {cell["cell"]["method"]: cell["cell"]["lr"] for cell in choose(renamed, per=["method"])}
     alone = {arm.family: plan.rates[arm.method][0] for arm in plan.run if len(plan.rates[arm.method]) == 1}
     if missing := [arm.family for arm in plan.run if arm.family not in chosen | alone]:
         raise DataError(f"{missing[0]}: has no cell on held splits")
     return chosen | alone
-
-
-def choose_singles(
-    plan: Plan, cells: Iterable[_Row], rates: Mapping[str, float], names: Callable[[str], str]
-) -> dict[str, str]:
-    """Return task -> source of the single adapter; nothing where no arm is one.
-
-    Args:
-        plan: says what there is to choose from.
-        cells: of a study of the held splits.
-        rates: family -> rate.
-        names: the variant of a source.
-    """
-    singles = {arm.name: arm for arm in plan.run if arm.preset == "single"}
-    known = [
-        cell
-        for cell in cells
-        if cell["cell"]["method"] in singles and cell["cell"]["lr"] == rates[singles[cell["cell"]["method"]].family]
-    ]
-    chosen = {}
-    for cell in choose(known, per=["method", "task"]):
-        key = cell["cell"]
-        sources = {names(source): source for source in singles[key["method"]].sources(key["task"])}
-        chosen[key["task"]] = sources[key["variant"]]
-    return chosen
 
 
 def _renamed(cell: _Row, **fields: str) -> _Row:

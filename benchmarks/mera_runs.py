@@ -13,13 +13,14 @@ from rich.console import Console
 
 from benchmarks.mera_arms import Arm, Plan
 from benchmarks.mera_backbone import PRETRAINED, model_of
-from benchmarks.mera_cells import Results
-from benchmarks.mera_choice import choose_rates, choose_singles, table_cells
-from benchmarks.mera_grids import grid, single_name
+from benchmarks.mera_cells import Cell, Results
+from benchmarks.mera_choice import choose_rates, table_cells
+from benchmarks.mera_grids import grid
 from benchmarks.mera_sources import SOURCES, train_missing
 from peft_lightning.study.grid import read_grid
 from peft_lightning.study.records import RunRecord
 from peft_lightning.study.runner import run_study
+from peft_lightning.study.selection import choose
 
 __all__ = ["run_plan"]
 
@@ -55,8 +56,7 @@ def run_plan(
     home = scratch / f"table-{name}"
     held = _held(plan, home, common)
     rates = choose_rates(plan, held)
-    singles = choose_singles(plan, held, rates, single_name)
-    say.print(f"chosen on held splits: {rates} {singles}")
+    say.print(f"chosen on held splits: {rates}")
     found: _Cells = []
     for mode, arms in plan.modes.items():
         values = grid(
@@ -64,7 +64,7 @@ def run_plan(
             arms,
             seeds=plan.seeds,
             rates={arm.name: (rates[arm.family],) for arm in arms},
-            singles={task: (source,) for task, source in singles.items()},
+            singles={task: _singles(arms, task) for task in plan.tasks},
             report=True,
             **common,
         )
@@ -74,11 +74,12 @@ def run_plan(
     ]
     if failed:
         say.print(f"{len(failed)} cells failed; the first: {failed[0]}")
-    cells, truths = table_cells(cell for cell in found if "error" not in cell)
+    # the single adapter has a cell for each source: the dev shots of a split choose
+    cells, truths = table_cells(choose(found))
     seconds = sum(cell["seconds"] for cell in [*held, *found])
     facts = {
         "rates": rates,
-        "singles": singles,
+        "singles": _counts(cells, [arm.name for arm in plan.run if arm.preset == "single"]),
         "minutes": round(seconds / 60, 1),
         "held_minutes": round(sum(cell["seconds"] for cell in held) / 60, 1),
         "held_cells": len(held),
@@ -114,6 +115,16 @@ def _open(plan: Plan, arm: Arm) -> bool:
 
 def _singles(arms: Sequence[Arm], task: str) -> tuple[str, ...]:
     return next((arm.sources(task) for arm in arms if arm.preset == "single"), ())
+
+
+def _counts(cells: Sequence[Cell], names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Task -> source of the single adapter -> for how many splits it was chosen."""
+    counts: dict[str, dict[str, int]] = {}
+    for cell in cells:
+        if cell.arm in names:
+            own = counts.setdefault(cell.task, {})
+            own[cell.setting["variant"]] = own.get(cell.setting["variant"], 0) + 1
+    return counts
 
 
 def _cells(values: dict[str, Any], folder: Path) -> _Cells:

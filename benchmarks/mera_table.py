@@ -153,8 +153,9 @@ def _context(results: Results, plan: Plan) -> str:
     failed = results.facts.get("failed", [])
     return (
         f"Accuracy in hundredths, the mean over {len(plan.seeds)} data splits and its 95 % interval from resampling "
-        f"splits and test rows. Test rows: {sizes}, the same for all. Learning rates and the single source are chosen "
-        f"on {len(plan.held)} other splits. {results.facts.get('minutes', 0):.0f} minutes without the sources. "
+        f"splits and test rows. Test rows: {sizes}, the same for all. Learning rates are chosen on "
+        f"{len(plan.held)} other splits, the single source on each split's dev shots. "
+        f"{results.facts.get('minutes', 0):.0f} minutes without the sources. "
         f"{f'**{len(failed)} cells failed**, the first: {failed[0]}. ' if failed else ''}"
         f"{device['name']}, {device['threads']} threads; torch {versions['torch']}, transformers "
         f"{versions['transformers']}; commit {commit}."

@@ -76,15 +76,18 @@ def fresh_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]
             deleted, so that a reader sees the old folder, or the new one, or for a moment none.
 
     Raises:
-        UsageError: if ``folder`` is a file, or holds files and may not be replaced.
+        UsageError: if ``folder`` is a file, holds files and may not be replaced, or cannot be made.
     """
     given, folder = folder, Path(os.path.realpath(folder))
     exists = os.path.lexists(folder) and not (replace and folder.is_dir())
     if exists and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"out = {given}: exists already and is not empty; name a new folder")
     temporary = (folder / "new" if exists else folder).with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise UsageError(f"out = {given}: cannot be made ({error.strerror}: {error.filename})") from error
     moved: list[Path] = []
     try:
         yield temporary

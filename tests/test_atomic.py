@@ -126,3 +126,9 @@ def test_links_to_nowhere_and_in_circles(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(UsageError, match="loop: exists already"), fresh_folder(tmp_path / "loop"):
         raise AssertionError("not reached")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="out = .*file/new: cannot be made"), fresh_folder(tmp_path / "file" / "new"):
+        pass

@@ -17,6 +17,7 @@ _PANELS = {
     "cosine": "matched cosine",
     "norm_ratio": "norm / mean norm of the adapters",
     "output_error": "output error against the mean",
+    "scaled_output_error": "output error against what is stood for",
     "lost": "share lost by the cut to the rank",
 }
 
@@ -25,7 +26,8 @@ def draw_merge(report: Mapping[str, Any], path: str | Path) -> None:
     """Draw matched cosine, norm ratio and output error over the layers, a line for each place in a layer.
 
     Bands lie between the least and the largest of the adapters, without the one that the others are matched to. What a
-    merge has no figure of has no panel.
+    merge has no figure of has no panel; nor has the error against what the merged output stands for, where that is the
+    mean.
 
     Args:
         report: a merge's: ``preset``, ``sources`` (names) and ``sites``.
@@ -36,7 +38,10 @@ def draw_merge(report: Mapping[str, Any], path: str | Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    panels = {title: lines for name, title in _PANELS.items() if (lines := _lines(report, name))}
+    found = {name: lines for name in _PANELS if (lines := _lines(report, name))}
+    if found.get("scaled_output_error") == found.get("output_error"):  # the scale is the mean
+        found.pop("scaled_output_error", None)
+    panels = {_PANELS[name]: lines for name, lines in found.items()}
     if not panels:
         raise UsageError("the merge's report has no figure to draw")
     figure = Figure(figsize=(4.8 * len(panels), 3.6), layout="constrained")
@@ -49,7 +54,7 @@ def draw_merge(report: Mapping[str, Any], path: str | Path) -> None:
         axes.set_xlabel("layer")
         axes.set_ylabel(title)
         bottom, top = axes.get_ylim()
-        axes.set_ylim(min(0.0, bottom), max(0.01, top))
+        axes.set_ylim(min(0.0, bottom), max(0.01, top * 1.02))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=8)
     names = ", ".join(report["sources"])
@@ -78,7 +83,7 @@ def site_figure(report: Mapping[str, Any], site: str, name: str) -> list[float]:
 
 
 def _lines(report: Mapping[str, Any], name: str) -> dict[str, list[tuple[int, float, float, float]]]:
-    """Place in a layer -> layer (from 1), least, mean and largest value; without what has no value."""
+    """Place in a layer -> layer (from 0, as sites are named), least, mean and largest value; none without a value."""
     lines: dict[str, list[tuple[int, float, float, float]]] = {}
     for site in report["sites"]:
         if values := site_figure(report, site, name):
@@ -86,6 +91,6 @@ def _lines(report: Mapping[str, Any], name: str) -> dict[str, list[tuple[int, fl
             side = next((word for word in ("encoder", "decoder") if stack.startswith(f"{word}.")), "")
             several = len({path.partition(".")[0] for path in report["sites"]}) > 1
             label = " ".join(part for part in (side if several else "", place or "layer") if part)
-            point = (int(number or 0) + 1, min(values), sum(values) / len(values), max(values))
+            point = (int(number or 0), min(values), sum(values) / len(values), max(values))
             lines.setdefault(label, []).append(point)
     return lines

@@ -21,7 +21,7 @@ _EPILOG = """presets:
   acts+       the same, with balanced scales, matched to the adapter that is most like the others, and the up
               projections fitted to the mean of the adapters' outputs
   select      of all adapters' neurons those of largest output, fitted to the sum of the adapters' outputs
-  cat, svd, ties, dare   for LoRA: all ranks side by side (the exact weighted sum), or cut to one rank (--rank)
+  cat, svd, ties, dare   for LoRA: all ranks side by side (weighted sum or mean, exactly), or cut to one rank (--rank)
 
 stages for --set, each with what there is besides the preset's:
   align=none|weights|activations   features=down|all   metric=euclidean|squared|inner   balance=true|false
@@ -94,7 +94,11 @@ def _parser() -> ToolParser:
     how = parser.add_argument_group("how")
     how.add_argument("--preset", default="acts+", help="one of the presets below (default: %(default)s)")
     how.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each adapter, of either sign")
-    how.add_argument("--scale", help="what the output stands for: mean, sum, or a factor of the mean")
+    how.add_argument(
+        "--scale",
+        help="what the output stands for: mean, sum, or a factor of the mean; "
+        "if left out the preset's own, of LoRA the sum where weights are given, else the mean",
+    )
     how.add_argument(
         "--set", nargs="+", default=[], metavar="STAGE=VALUE", help="stages unlike the preset's, see below"
     )
@@ -186,10 +190,14 @@ def _show(record: Mapping[str, Any]) -> None:
 
     report = {**record, "sources": [source["name"] for source in record["sources"]]}
     read = f", {record['streams']} streams, {record['tokens']:,} tokens" if record["tokens"] else ""
-    columns = {"cosine": "cosine", "norm_ratio": "norm ratio", "output_error": "output error", "lost": "lost"}
+    columns = {"cosine": "cosine", "norm_ratio": "norm ratio", "output_error": "error, mean", "lost": "lost"}
+    columns["scaled_output_error"] = "error, scaled"
     cells = {name: [site_figure(report, site, name) for site in record["sites"]] for name in columns}
+    if cells["scaled_output_error"] == cells["output_error"]:
+        del cells["scaled_output_error"]
     shown = {columns[name]: values for name, values in cells.items() if any(values)}
-    table = Table(title=f"{record['preset']} of {len(report['sources'])} adapters{read}")
+    factors = ", ".join(f"{factor:.3g}" for factor in record["outputs"])
+    table = Table(title=f"{record['preset']} of {len(report['sources'])} adapters, output factors {factors}{read}")
     for column in ("site", *shown):
         table.add_column(column)
     for row, site in enumerate(record["sites"]):

@@ -28,7 +28,7 @@ class MergeConfig:
         preset: sum, avg, wts, acts, acts+ or select for bottleneck adapters; cat, svd, ties or dare for LoRA.
         weights: one number for each adapter, of either sign; None: all alike.
         scale: what the merged output stands for: mean or sum of the adapters' outputs, or a factor of the mean. None:
-            the preset's own; of LoRA the mean.
+            the preset's own; of LoRA the sum where weights are given, as in PEFT, else the mean.
         tokens: calibration tokens that are read at least, counted over all ranks; whole batches are read.
         streams: own (each adapter on its own forward pass) or shared (all read the bare backbone's states, which
             costs one pass whatever their number, and is not what they see in use).
@@ -104,7 +104,8 @@ class MergeConfig:
         """
         if not self.for_updates:
             raise UsageError(f"merge.preset = {self.preset!r}: LoRA adapters have {', '.join(UPDATE_METHODS)}")
-        scale = "mean" if self.scale is None else self.scale
+        own = "mean" if self.weights is None else "sum"
+        scale = own if self.scale is None else self.scale
         return {"method": self.preset, "weights": self.weights, "scale": scale, **_UPDATE_SETTINGS, **self.recipe}
 
     def _check_updates(self) -> None:

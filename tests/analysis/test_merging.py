@@ -47,11 +47,11 @@ def test_a_panel_a_figure_and_a_line_a_place(drawn: list[Figure]) -> None:
     ]
     cosine, _, error = cast(list[Any], figure.axes)
     assert [line.get_label() for line in cosine.lines] == ["attention.output", "output"]
-    assert list(cosine.lines[0].get_xdata()) == [1, 2, 11]
+    assert list(cosine.lines[0].get_xdata()) == [0, 1, 10]
     assert list(cosine.lines[0].get_ydata()) == pytest.approx([0.6, 0.7, 1.6])  # without the reference
     band = cosine.collections[0].get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0.5, 1.7))
-    assert list(error.lines[0].get_xdata()) == [1, 11]  # what is unknown has no point
+    assert list(error.lines[0].get_xdata()) == [0, 10]  # what is unknown has no point
     assert all(axes.get_ylim()[0] <= 0 for axes in figure.axes)
 
 

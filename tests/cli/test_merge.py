@@ -69,7 +69,7 @@ def test_with_a_file_of_texts(
     main([*words, "--texts", str(file), *options, "--batch_size", "4", "--output", str(out)])
     printed = capsys.readouterr().out
     assert "note: the heads of source_0, source_1 stay behind\n" in printed
-    assert "acts+ of 2 adapters, own streams" in printed and "encoder.layer.2.output" in printed
+    assert "acts+ of 2 adapters, output factors 1, -0.5, own streams" in printed and "encoder.layer.2.output" in printed
     assert printed.endswith(f"wrote {out}\n")
     record = json.loads((out / "merge.json").read_text())
     assert (record["weights"], record["recipe"]["scale"], record["recipe"]["ridge"]) == ([1.0, -0.5], "sum", 0.01)
