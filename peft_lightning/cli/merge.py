@@ -117,12 +117,16 @@ def _parser() -> ToolParser:
         default="own",
         help="own (each adapter on its own forward pass) or shared (all on the bare backbone's, which is faster)",
     )
+    _add_output(parser)
+    return parser
+
+
+def _add_output(parser: ToolParser) -> None:
     out = parser.add_argument_group("what is written")
     out.add_argument("--output", "--out", required=True, metavar="FOLDER", help="a new folder")
     out.add_argument("--format", help="adapterhub, peft or peft_lightning; what fits if left out")
     out.add_argument("--task", help="of the new head that an adapter in our own format has")
     out.add_argument("--head", metavar="NAME", help="adapter whose head goes along; heads stay behind if left out")
-    return parser
 
 
 def _settings(given: argparse.Namespace) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def test_sources_start_from_values_of_their_own() -> None:
 
 def test_plans_are_what_was_asked_for() -> None:
     first = PLANS["1"]
-    methods = "zero full fusion adapter single sum avg wts acts acts+ select".split()
+    methods = "zero full fusion adapter single sum avg wts acts acts+ select cat".split()
     assert [arm.name for arm in first.arms if arm.main] == methods
     assert first.settings == (("mrpc", 10), ("mrpc", 30), ("sst2", 10), ("sst2", 30), ("mnli", 10))
     assert first.sources() == tuple(name for name in SOURCES if name in MIXED)
