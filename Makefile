@@ -4,7 +4,7 @@ BIN := .venv/bin
 TEST_ARGS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup encoder demo test lint bench-mera bench-merge bench-mrpc bench-prune bench-sctd bench-sparse bench-speed bench-pretrain bench-tasks clean
+.PHONY: help setup encoder demo test lint bench-mera bench-merge bench-mrpc bench-prune bench-sctd bench-sparse bench-speed bench-study bench-pretrain bench-tasks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -74,6 +74,9 @@ bench-speed: encoder  ## step times against full fine-tuning
 
 bench-merge: .venv/.stamp  ## merging adapters: over a naive loop, over forward passes, and memory
 	@$(BIN)/python -m benchmarks.merge
+
+bench-study: encoder  ## runs per minute of a study: a process each, one by one, side by side
+	@$(BIN)/python -m benchmarks.study_speed
 
 bench-pretrain: .venv/.stamp  ## step times, memory and packing of pretraining with token dropping
 	@$(BIN)/python -m benchmarks.pretrain

@@ -33,7 +33,7 @@ from peft_lightning.errors import UsageError
 from peft_lightning.study.grid import merged_settings, read_grid
 from peft_lightning.study.records import RunRecord, write_record
 from peft_lightning.study.runner import run_study
-from peft_lightning.study.tables import markdown_table
+from peft_lightning.study.tables import markdown_table, write_generated
 
 __all__ = ["main", "speed_table"]
 
@@ -132,7 +132,7 @@ def _measure(tiny: bool, threads: int, turns: int, device: str, environment: dic
 
 
 def speed_table(record: RunRecord) -> str:
-    """Return the runs per minute of each arm, and the median over turns of what side by side gains on it."""
+    """Return the runs per minute of each arm, the median over turns of what side by side gains on it, and where."""
     rows: list[Mapping[str, object]] = []
     for name, title in _TITLES.items():
         pairs = zip(record.series["together"], record.series[name], strict=True)
@@ -146,11 +146,19 @@ def speed_table(record: RunRecord) -> str:
                 "goal": goal,
             }
         )
-    return markdown_table(rows)
+    device, versions = record.environment["device"], record.environment["versions"]
+    runs, turns = record.config["runs"], len(record.series["loop"])
+    changed = " with changes" if record.environment["dirty"] else ""
+    return (
+        f"{markdown_table(rows)}\n\nMedians of {turns} turns of {runs['loop']} runs, a process each for "
+        f"{runs['process']} of them; ratios turn by turn. {device['name']}, {device['threads']} threads; torch "
+        f"{versions['torch']}, transformers {versions['transformers']}; commit "
+        f"{str(record.environment['commit'])[:12]}{changed}."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, write the record, and print the table."""
+    """Measure, write the record and the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study_speed", description=(__doc__ or "").split("\n")[0]
     )
@@ -168,7 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     environment = clean_environment(options.allow_dirty or options.tiny)
     record = _measure(options.tiny, options.threads, 1 if options.tiny else options.turns, options.device, environment)
     write_record((options.out or default) / f"study_speed_{options.device}.json", record)
-    CONSOLE.print(speed_table(record))
+    text = speed_table(record)
+    if not options.tiny and options.out is None:
+        write_generated(ROOT / "benchmarks" / "RESULTS.md", f"study-{options.device}", text)
+    CONSOLE.print(text)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ ELSEWHERE = {
     "make bench-mrpc": "takes up to 45 minutes; tests/benchmarks runs it with --tiny",
     "make bench-prune": "takes up to 90 minutes; tests/benchmarks runs it with --tiny",
     "make bench-mera TABLE=1": "takes hours; tests/benchmarks runs it with --tiny",
+    "make bench-study": "takes minutes; tests/benchmarks runs it with --tiny",
     "make bench-merge": "takes minutes; tests/benchmarks runs it with --tiny",
     "make bench-tasks": "takes an hour; tests/benchmarks runs it with --tiny",
     "make bench-speed": "takes minutes; tests/benchmarks runs it with --tiny",
