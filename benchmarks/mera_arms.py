@@ -36,6 +36,7 @@ class Arm:
         method: full, adapter, fusion, mera or zero (nothing is trained).
         preset: of the merge; single is one adapter as it is.
         scale: of the merge; None is the preset's own.
+        wide: whether select keeps all neurons of the sources.
         track: which sources: mixed, a track's name, or home, the target's own.
         leaks: whether the target's own source may be among them.
         mode: head, prompt or prompt-demo.
@@ -48,6 +49,7 @@ class Arm:
     method: str
     preset: str = ""
     scale: str | float | None = None
+    wide: bool = False
     track: str = "mixed"
     leaks: bool = False
     mode: str = "head"
@@ -206,7 +208,7 @@ _TABLE1 = Plan(
         _merged("acts", "MerA Acts"),
         _merged("acts+", "Acts+ (refit to the mean)"),
         _merged("select", "Select (refit to the sum)"),
-        _merged("cat", "All neurons, 4 r wide, sum", scale="sum"),
+        _merged("wide", "Select all neurons, 4 r wide", preset="select", wide=True),
         *_scaled(),
     ),
     settings=(("mrpc", 10), ("mrpc", 30), ("sst2", 10), ("sst2", 30), ("mnli", 10)),

@@ -30,7 +30,7 @@ _WORDS: dict[str, dict[str, str]] = {
 """Instead of LM-BFF's words where the vocabulary was made here: its 8,192 words have neither terrible nor Yes."""
 
 _TOYS = {"mrpc": "toy_pairs", "sst2": "toy_sentiment", "mnli": "toy_pairs"}
-_BOTTLENECK = 48
+_BOTTLENECK, _TINY = 48, 6
 _SHAPE: dict[str, Any] = {"kind": "pfeiffer", "bottleneck": _BOTTLENECK, "name": "merged"}
 _OPTIM: dict[str, Any] = {"betas": [0.9, 0.98], "weight_decay": 0.1}
 
@@ -118,14 +118,16 @@ def _method(
         arguments["backbone"] = {"dtype": "float32"}
         found |= {"class_path": "FineTuneModule", "precision": "bf16-mixed"}
     elif arm.method == "adapter" or arm.preset == "random":
-        arguments |= {"adapter": _SHAPE | ({"bottleneck": 6} if tiny else {}), "prune": {"sparsity": 0.0}}
+        arguments |= {"adapter": _SHAPE | ({"bottleneck": _TINY} if tiny else {}), "prune": {"sparsity": 0.0}}
         found["class_path"] = "SparseAdapterModule"
     elif arm.method == "fusion":
         arguments["optim"] = _OPTIM | {"weight_decay": 0.0}
         found |= {"class_path": "FusionModule", "per_task": _starts(plan, arm, folders, singles)}
     else:
         # one source of weight 1 is what it was, whatever the preset
-        merge = {"preset": "avg" if arm.preset == "single" else arm.preset}
+        merge: dict[str, Any] = {"preset": "avg" if arm.preset == "single" else arm.preset}
+        if arm.wide:
+            merge["recipe"] = {"width": len(arm.sources(plan.tasks[0])) * (_TINY if tiny else _BOTTLENECK)}
         arguments["merge"] = merge | ({} if arm.scale is None else {"scale": arm.scale})
         found |= {"class_path": "MerAModule", "per_task": _starts(plan, arm, folders, singles)}
     return found | {"init_args": arguments}

@@ -131,7 +131,7 @@ def test_sources_start_from_values_of_their_own() -> None:
 
 def test_plans_are_what_was_asked_for() -> None:
     first = PLANS["1"]
-    methods = "zero full fusion adapter single sum avg wts acts acts+ select cat".split()
+    methods = "zero full fusion adapter single sum avg wts acts acts+ select wide".split()
     assert [arm.name for arm in first.arms if arm.main] == methods
     assert first.settings == (("mrpc", 10), ("mrpc", 30), ("sst2", 10), ("sst2", 30), ("mnli", 10))
     assert first.sources() == tuple(name for name in SOURCES if name in MIXED)
@@ -178,6 +178,8 @@ def test_grids_are_studies(name: str, report: bool, tmp_path: Path) -> None:
                     assert list(given) == [single_name(source) for source in plan.sources()[:2]]
                 elif arm.sources(task):
                     assert given["default"]["sources"] == [str(folders[source]) for source in arm.sources(task)]
+                if arm.wide:
+                    assert given["default"]["merge"] == {"preset": "select", "recipe": {"width": 4 * 6}}
 
 
 # -- cells ---------------------------------------------------------------------------------------------------------
