@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -30,13 +31,17 @@ def majority(results: Results, task: str) -> float:
 
 
 def estimate(results: Results, arm: Arm, setting: _Setting, baseline: Arm | None = None) -> Estimate | None:
-    """Return an arm's accuracy, or how much it is above a baseline's on the splits that both have; None without any."""
+    """Return an arm's accuracy, or how much it is above a baseline's on the splits that both have; None without any.
+
+    Ends of intervals stay where accuracies and their differences can be.
+    """
     found = _scores(results, arm, setting)
     if baseline is None:
-        return _bootstrap([*found.values()], None) if found else None
+        return _within(0.0, _bootstrap([*found.values()], None)) if found else None
     others = _scores(results, baseline, setting)
     both = sorted(found.keys() & others.keys())
-    return _bootstrap([found[seed] for seed in both], [others[seed] for seed in both]) if both else None
+    pair = [found[seed] for seed in both], [others[seed] for seed in both]
+    return _within(-1.0, _bootstrap(*pair)) if both else None
 
 
 def scores_table(results: Results, plan: Plan, arms: Sequence[Arm]) -> str:
@@ -129,6 +134,10 @@ def _scores(results: Results, arm: Arm, setting: _Setting) -> dict[int, Any]:
 def _bootstrap(first: Sequence[Any], second: Sequence[Any] | None) -> Estimate:
     run = partial(bootstrap, replicates=_REPLICATES)
     return run(np.stack(first)) if second is None else run(np.stack(first), np.stack(second))
+
+
+def _within(least: float, found: Estimate) -> Estimate:
+    return replace(found, low=max(least, found.low), high=min(1.0, found.high))
 
 
 def _head(setting: _Setting) -> str:

@@ -295,6 +295,15 @@ def test_intervals_hold_splits_and_examples() -> None:
     assert majority(results, "mrpc") == 0.6
 
 
+def test_intervals_end_where_accuracies_do() -> None:
+    cells = [_cell(arm, "mrpc", seed, right) for seed, right in ((1, 1), (2, 99)) for arm in ("adapter", "acts")]
+    cells += [_cell("wts", "mrpc", seed, right) for seed, right in ((1, 99), (2, 1))]
+    (adapter, wts), results = _arms("adapter", "wts"), _results(cells)
+    found, gain = estimate(results, adapter, ("mrpc", 10)), estimate(results, wts, ("mrpc", 10), adapter)
+    assert found is not None and gain is not None
+    assert (found.low, found.high, gain.low, gain.high) == (0, 1, -1, 1)
+
+
 def test_gains_are_paired_and_corrected() -> None:
     cells = _three("adapter", 55, 50)
     # one method is better on the same rows every time; the other only on average
