@@ -298,6 +298,21 @@ def test_adapters_of_other_backbones_and_kinds(family: list[Path], backbone: str
     assert not out.exists()
 
 
+def test_layers_that_are_left_out_are_so_in_all_adapters(backbone: str, tmp_path: Path) -> None:
+    """Else no site is merged; where they are the same, the merged adapter leaves them out too."""
+    target = r"^encoder\.layer\.(0|2)\.(output)$"
+    some = [written(tmp_path / f"some_{n}", module(backbone, n, target=target)) for n in range(2)]
+    whole = written(tmp_path / "whole", module(backbone, 2))
+    assert json.loads((some[0] / "adapter_config.json").read_text())["config"]["leave_out"] == [1]
+    message = "some_0 and whole are at different sites; only whole has one at encoder.layer.1.output"
+    with pytest.raises(UsageError, match=message):
+        merge_adapters([*some, whole], tmp_path / "out", backbone=backbone, merge={"preset": "avg"})
+    merged(some, tmp_path / "out", backbone, "avg")
+    assert list(reloaded(tmp_path / "out", backbone).adapters) == [
+        f"encoder.layer.{layer}.output.adapters.merged" for layer in (0, 2)
+    ]
+
+
 def test_nothing_is_left_of_a_merge_that_fails(
     family: list[Path], backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

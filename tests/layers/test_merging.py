@@ -434,6 +434,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "kind": ({}, {"kind": "houlsby"}, "adapter.kind: adapter 0 has 'pfeiffer', adapter 1 has 'houlsby'"),
     "nonlinearity": ({}, {"nonlinearity": "gelu"}, "adapter.nonlinearity: adapter 0 has 'relu', adapter 1 has 'gelu'"),
     "sites": ({}, {"target": r"layer\.0\."}, r"only adapter 0 has one at encoder\.layer\.1\.output"),
+    "linear maps": (
+        {"kind": "lora", "target": "query|value"},
+        {"kind": "lora", "target": "query"},
+        r"adapter.target: adapter 0 and adapter 1 are at different sites; only adapter 0 has one at .*0.*value",
+    ),
     "prefixes": ({"kind": "mam"}, {"kind": "mam"}, "prefixes have no neurons to match"),
 }
 
@@ -443,7 +448,7 @@ def test_adapters_that_cannot_become_one(case: str) -> None:
     bare = backbone()
     one, other, message = REFUSED[case]
     with pytest.raises(UsageError, match=message):
-        merged(bare, [source(bare, 0, **one), source(bare, 1, **other)], "avg")
+        merged(bare, [source(bare, 0, **one), source(bare, 1, **other)], "svd" if "lora" in one.values() else "avg")
 
 
 def test_wrong_numbers_and_names() -> None:
@@ -455,9 +460,9 @@ def test_wrong_numbers_and_names() -> None:
         merged(bare, [named(family[0], "a"), named(family[1], "a")], "avg")
     with pytest.raises(UsageError, match=r"merge.weights = \[1.0\]: must be 2, one for each adapter"):
         merged(bare, family, "avg", weights=[1.0])
-    with pytest.raises(UsageError, match=r"merge.reference = 2: must be from 0 to 1"):
+    with pytest.raises(UsageError, match=r"merge.recipe.reference = 2: must be .* a number from 0 to 1"):
         merged(bare, family, "wts", recipe={"reference": 2})
-    with pytest.raises(UsageError, match="must be first, medoid, a number or one of adapter 0, adapter 1"):
+    with pytest.raises(UsageError, match="a number from 0 to 1 or one of adapter 0, adapter 1"):
         merged(bare, family, "wts", recipe={"reference": "adapter 2"})
     with pytest.raises(UsageError, match=r"merge.width = 13: must be at most 12"):
         merged_config(family, MergeConfig(preset="select", recipe={"width": 13}))
