@@ -122,6 +122,18 @@ def test_the_record_names_everything_that_went_in(family: list[Path], backbone: 
         assert picture.format == "PNG" and picture.width > 3 * 400
 
 
+def test_one_note_names_the_adapters_whose_backbones_weights_nobody_knows(
+    family: list[Path], backbone: str, tmp_path: Path
+) -> None:
+    """AdapterHub's files say of which shape it was; ours of which weights, too."""
+    record = merged(family, tmp_path / "out", backbone, "avg")
+    assert [source["knows_weights"] for source in record["sources"]] == [False, True, False]
+    notes = [note for note in record["notes"] if "weights" in note]
+    assert notes == ["source_0, source_2: made on weights that no file identifies; only the shapes were compared"]
+    merged([family[1]], tmp_path / "own", backbone, "avg")
+    assert "no file identifies" not in (tmp_path / "own" / "merge.json").read_text()
+
+
 def test_two_merges_write_the_same_bytes(family: list[Path], backbone: str, tmp_path: Path) -> None:
     for name in ("one", "two"):
         merged(family, tmp_path / name, backbone, data=TEXTS)
