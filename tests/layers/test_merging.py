@@ -220,6 +220,25 @@ def test_sparse_adapters_merge_to_the_union_or_to_a_budget_of_their_masks(masks:
     states(bare, aligned)
 
 
+@pytest.mark.parametrize("preset", ["sum", "avg", "wts", "acts", "acts+", "select", "cat", "svd", "ties", "dare"])
+def test_what_masks_remove_is_zero_whatever_the_file_holds_there(preset: str) -> None:
+    bare = backbone()
+    kind = "lora" if preset in ("cat", "svd", "ties", "dare") else "pfeiffer"
+    clean = [source(bare, number, kind=kind, masked=True) for number in range(2)]
+    dirty = [other_tensors(given, lambda n, t, m=given.masks: t if n not in m else t + 5 * ~m[n]) for given in clean]  # type: ignore[misc]
+    wanted, got = merged(bare, clean, preset), merged(bare, dirty, preset)
+    assert_close(got.tensors, wanted.tensors, rtol=0, atol=0)
+    assert got.report == wanted.report and got.masks.keys() == wanted.masks.keys()
+
+
+def test_a_mask_of_another_shape() -> None:
+    given = source(backbone(), 0, masked=True)
+    name = next(iter(given.masks))
+    for masks in ({name: given.masks[name][:2]}, {"ghost": given.masks[name]}):
+        with pytest.raises(CheckpointError, match="adapter 0: .* is no tensor of its mask's shape"):
+            replace(given, masks=masks).sites()
+
+
 def old(name: str) -> str:
     return name.replace(".merged.", ".sparse.")
 
