@@ -124,12 +124,12 @@ def _place(reference: Any, names: list[str]) -> str | int:
         return names.index(reference)
     if type(reference) is not int or not 0 <= reference < len(names):
         raise UsageError(
-            f"merge.recipe.reference = {reference!r}: must be first, medoid, a number from 0 to {len(names) - 1} or one "
-            f"of {', '.join(names)}"
+            f"merge.recipe.reference = {reference!r}: must be first, medoid, a number from 0 to {len(names) - 1} or "
+            f"one of {', '.join(names)}"
         )
     if str(reference) in names and names[reference] != str(reference):
         raise UsageError(
-            f"merge.recipe.reference = {reference}: counted from 0 that is {names[reference]!r}, and another adapter is "
-            f"called {str(reference)!r}; give a name, as text, of {', '.join(names)}"
+            f"merge.recipe.reference = {reference}: counted from 0 that is {names[reference]!r}, and another adapter "
+            f"is called {str(reference)!r}; give a name, as text, of {', '.join(names)}"
         )
     return reference
