@@ -34,7 +34,8 @@ class MergeConfig:
             costs one pass whatever their number, and is not what they see in use).
         recipe: single stages other than the preset's, fields of ``functional.recipes.Recipe``, whose ``reference``
             may also be an adapter's name: a whole number counts the adapters from 0, a text is a name (but for first
-            and medoid), and a number that is another adapter's name is refused. For LoRA: rank, density, seed.
+            and medoid), and a number that is another adapter's name is refused. For LoRA: rank (None: the
+            largest of the adapters'; cat has their sum), density, seed.
 
     Raises:
         UsageError: if a value is not allowed.

@@ -21,6 +21,7 @@ from peft_lightning.layers.merge_config import MergeConfig
 from peft_lightning.layers.merging import Merged, MergeSource, merge_adapters, merged_config, needs_data
 from tests.families import CELLS, backbone_setting, inputs
 from tests.reference.calibration import alone, look
+from tests.reference.merging import loop_ties
 
 ALIGNED = ("wts", "acts", "acts+")
 BOTTLENECKS = ("houlsby", "pfeiffer", "parallel")
@@ -427,6 +428,26 @@ def test_lora_cut_to_a_rank_fits_one_setting(preset: str, rank: int | None) -> N
         ]
         for update, total in zip(updates(bare, result).values(), mean, strict=True):
             assert_close(update, total, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["svd", "ties", "dare"])
+def test_lora_of_other_ranks_and_scalings_is_merged_as_whole_updates(preset: str) -> None:
+    """At a rank that holds all; below it, the largest rank of theirs, what is nearest to that."""
+    bare = backbone().double()
+    family = [source(bare, n, kind="lora", bottleneck=2 + 3 * n, scaling=0.5 + n) for n in range(2)]
+    density = 1.0 if preset == "dare" else 0.3
+    recipe = {"density": density} if preset != "svd" else {}
+    whole = merged(None, family, preset, recipe={**recipe, "rank": 64})
+    cut = merged(None, family, preset, recipe=recipe)
+    assert cut.adapter.bottleneck == 5
+    parts, nearest = [updates(bare, given) for given in family], updates(bare, cut)
+    for site, update in updates(bare, whole).items():
+        values = [part[site] for part in parts]
+        wanted = loop_ties(values, [1.0, 1.0], density) if preset == "ties" else (values[0] + values[1]) / 2
+        assert_close(update, wanted, rtol=0, atol=1e-5)
+        lost = torch.linalg.svdvals(wanted)[5:].norm() / wanted.norm()
+        assert cut.report["sites"][site]["lost"] == pytest.approx(float(lost), rel=1e-3, abs=1e-6)
+        assert float((nearest[site] - wanted).norm() / wanted.norm()) == pytest.approx(float(lost), rel=1e-3, abs=1e-5)
 
 
 def test_sparse_lora_keeps_its_masks_side_by_side() -> None:
