@@ -27,7 +27,7 @@ class SourcedModule(TaskModule):
     _gone: str | None = None
 
     @classmethod
-    def load_from_checkpoint(cls, *given: Any, **options: Any) -> Any:  # type: ignore[override]
+    def load_from_checkpoint(cls, *given: Any, **options: Any) -> Any:
         """As Lightning's; the folders that the file was made from need not be there."""
         before = _LOADING.set(True)
         try:
