@@ -1,12 +1,19 @@
-"""Write files so that a reader sees the old content or the new one, never a part: also after a crash."""
+"""Write files so that a reader sees the old content or the new one, never a part: also after a crash.
+
+What is being written is called ``.NAME.<32 hex digits>.tmp``. A process that is killed leaves it behind: it is in
+nobody's way, and the next write of that name a day later removes it. Only then, for who else may be writing, on which
+machine, cannot be known.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +22,7 @@ from peft_lightning.errors import UsageError
 __all__ = ["atomic_write", "atomic_write_together", "fresh_folder"]
 
 _LAST = ("adapter_config.json", "manifest.json")
+_STALE = 24 * 3600  # seconds
 
 
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
@@ -71,7 +79,8 @@ def fresh_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]
     before that it cannot be read.
 
     Args:
-        folder: new or empty. Its parents are made if needed. Only files are written into it, no folders.
+        folder: new or empty, but for what a killed process left. Its parents are made if needed. Only files are
+            written into it, no folders.
         replace: whether a folder with files gives way. It is moved aside before the new one takes its place, and then
             deleted, so that a reader sees the old folder, or the new one, or for a moment none.
 
@@ -80,18 +89,21 @@ def fresh_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]
     """
     given, folder = folder, Path(os.path.realpath(folder))
     exists = os.path.lexists(folder) and not (replace and folder.is_dir())
-    if exists and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"out = {given}: exists already and is not empty; name a new folder")
-    temporary = (folder / "new" if exists else folder).with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    if exists:
+        _refuse_used(folder, given)
+    parent = folder if exists else folder.parent
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(parent, folder.name)
         temporary.mkdir()
     except OSError as error:
         raise UsageError(f"out = {given}: cannot be made ({error.strerror}: {error.filename})") from error
     moved: list[Path] = []
     try:
         yield temporary
-        if not exists:
+        if exists:
+            _refuse_used(folder, given)  # by another process, meanwhile
+        else:
             _take_place(temporary, folder)
         for path in sorted(temporary.iterdir(), key=lambda path: path.name in _LAST) if exists else ():
             moved.append(folder / path.name)
@@ -105,6 +117,12 @@ def fresh_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]
             for path in temporary.iterdir():
                 path.unlink()
             temporary.rmdir()
+
+
+def _refuse_used(folder: Path, given: str | Path) -> None:
+    """Raise UsageError where a folder is none, or holds more than what is being written."""
+    if not folder.is_dir() or set(folder.iterdir()) - set(_left(folder, folder.name)):
+        raise UsageError(f"out = {given}: exists already and is not empty; name a new folder")
 
 
 def _take_place(temporary: Path, folder: Path) -> None:
@@ -125,7 +143,7 @@ def _take_place(temporary: Path, folder: Path) -> None:
 def _written(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     """A temporary file beside ``path``, full and flushed to the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = _temporary(path.parent, path.name)
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -135,6 +153,21 @@ def _written(path: Path, write: Callable[[BinaryIO], object]) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return temporary
+
+
+def _left(folder: Path, name: str) -> list[Path]:
+    """What is being written under a name, or was by a process that was killed."""
+    pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{32}}\.tmp")
+    return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+
+
+def _temporary(folder: Path, name: str) -> Path:
+    """A new path to write under; stale ones of the same name go."""
+    for path in _left(folder, name):
+        with suppress(OSError):  # another process may be as quick
+            if time.time() - path.lstat().st_mtime > _STALE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder / f".{name}.{uuid.uuid4().hex}.tmp"
 
 
 def _flush_folder(folder: Path) -> None:

@@ -235,10 +235,9 @@ class MethodModule(L.LightningModule, ABC):
 
     def manifest(self) -> dict[str, Any]:
         """What our files say of themselves: plain values only."""
-        kind = type(self)
         return {
             "format": FORMAT,
-            "class": f"{kind.__module__}.{kind.__qualname__}",
+            "class": f"{type(self).__module__}.{type(self).__qualname__}",
             "backbone": self.backbone_fingerprint,
             "hyper_parameters": dict(self.hparams),
             "run_config": self.run_config,
@@ -288,6 +287,7 @@ class MethodModule(L.LightningModule, ABC):
         """
         self._recorded_fingerprint = checkpoint.get(MANIFEST_KEY, {}).get("backbone") or {}
         self.skipped_steps = int(checkpoint.get("skipped_steps", 0))
+        self.before_data(checkpoint)
         self.configure_model()
         self.identify(self.backbone_fingerprint)
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"

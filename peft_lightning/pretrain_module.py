@@ -229,27 +229,15 @@ class PretrainModule(MethodModule):
         """Take the tokenizer out of a checkpoint, so that the data is read with it.
 
         Raises:
-            CheckpointError: if it is damaged.
+            CheckpointError: if it is damaged, or the model was built for another one.
         """
         files = checkpoint.get("tokenizer")
         if files is not None and not isinstance(files, dict):
             raise CheckpointError("the tokenizer in the checkpoint is damaged")
-        if files and self.tokenizer is None:
+        if files and self.tokenizer is None and not self._built:
             self.tokenizer = tokenizer_from_files(files)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what does not fit.
-
-        Raises:
-            CheckpointError: lists the difference of the backbone, or says that the tokenizer is another one.
-            UsageError: names a setting that the file decides and that differs here.
-        """
-        if not self._built:
-            self.before_data(checkpoint)
-        elif checkpoint.get("tokenizer") and self.tokenizer is not None:
-            if not same_tokens(tokenizer_from_files(checkpoint["tokenizer"]), self.tokenizer):
-                raise CheckpointError("checkpoint: was trained with another tokenizer than the data's")
-        super().on_load_checkpoint(checkpoint)
+        elif files and self.tokenizer is not None and not same_tokens(tokenizer_from_files(files), self.tokenizer):
+            raise CheckpointError("checkpoint: was trained with another tokenizer than the data's")
 
     def export(self, folder: str | Path, *, replace: bool = False) -> None:
         """Write a folder of Hugging Face's form: ``config.json``, ``model.safetensors``, and the tokenizer's files.

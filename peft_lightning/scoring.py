@@ -34,6 +34,8 @@ def unlabelled_inputs(
 ) -> Iterator[Mapping[str, Tensor]]:
     """What the backbone reads of batches, one after the other, without their answers but where it writes.
 
+    Batches without a row that counts are left out.
+
     Args:
         module: gives the kind of its task, and its trainer.
         batches: of the task, with labels or without. None: those of this rank, on its device, of a fresh pass over
@@ -53,6 +55,8 @@ def unlabelled_inputs(
         loader = trainer.fit_loop._data_source.dataloader() if own is None else own()
         batches = (strategy.batch_to_device(batch, strategy.root_device) for batch in loader)
     for batch in batches:
+        if "valid" in batch and not batch["valid"].any():  # a row of padding, where other ranks have one more
+            continue
         inputs = dict(module.inputs(batch) if "labels" in batch else batch["inputs"])
         if "decoder_input_ids" in inputs:  # the loss needs no mask there
             inputs["decoder_attention_mask"] = (batch["labels"] != -100).long()

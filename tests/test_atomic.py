@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import shutil
+import signal
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -132,3 +136,49 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="out = .*file/new: cannot be made"), fresh_folder(tmp_path / "file" / "new"):
         pass
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_what_a_killed_process_left_is_in_nobodys_way_and_goes_when_it_is_old(exists: bool, tmp_path: Path) -> None:
+    target = tmp_path / "out (1)"
+    if exists:
+        target.mkdir()
+    for age in (0.0, 2 * 24 * 3600.0):
+        process = multiprocessing.get_context("spawn").Process(target=_killed, args=(target,))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        (left,) = (target if exists else tmp_path).glob(".*.tmp")
+        os.utime(left, (time.time() - age,) * 2)
+        with fresh_folder(target) as fresh:
+            (fresh / "file").write_text("whole")
+        assert (target / "file").read_text() == "whole" and left.exists() == (age == 0)
+        (target / "file").unlink()
+        shutil.rmtree(left, ignore_errors=True)
+        if not exists:
+            target.rmdir()
+
+
+def _killed(target: Path) -> None:
+    with fresh_folder(target) as fresh:
+        (fresh / "file").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_stale_files_of_that_name_only(tmp_path: Path) -> None:
+    digits = "0123456789abcdef" * 2
+    names = [f".file.{digits}.tmp", f".other.{digits}.tmp", f".file.{digits}.tmp.old", ".file.ghost.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1, 1))
+    atomic_write(tmp_path / "file", lambda file: file.write(b"new"))
+    assert {path.name for path in tmp_path.iterdir()} == {"file", *names[1:]}
+
+
+def test_two_writers_of_one_empty_folder(tmp_path: Path) -> None:
+    """The second to end is refused, and leaves the first one's files."""
+    with pytest.raises(UsageError, match="exists already and is not empty"), fresh_folder(tmp_path) as slow:
+        (slow / "file").write_text("slow")
+        with fresh_folder(tmp_path) as quick:
+            (quick / "file").write_text("quick")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "quick"

@@ -72,6 +72,15 @@ def test_as_one_process(name: str, ends: dict[int, Path]) -> None:
     )
 
 
+def test_a_merge_reads_each_of_5_rows_once(ends: dict[int, Path]) -> None:
+    """In batches of 2 on either of two processes the last row is one for two."""
+    one = torch.load(ends[1] / "odd-0.pt", weights_only=True)
+    two = [torch.load(ends[2] / f"odd-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert one["tokens"] == two[0]["tokens"] == two[1]["tokens"]
+    assert_close(two[0]["state"], two[1]["state"], rtol=0, atol=0)
+    assert_close(two[0]["state"], one["state"], rtol=1e-5, atol=1e-5)
+
+
 def test_only_rank_0_writes(ends: dict[int, Path]) -> None:
     files = {
         ranks: sorted(p.name for p in (ends[ranks] / f"{METHODS[0].__name__}-plain").iterdir()) for ranks in (1, 2)

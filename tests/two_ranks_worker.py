@@ -95,6 +95,11 @@ def main(folder: Path, ranks: int) -> None:
         if name.endswith("-plain"):
             end["resumed"] = in_two_parts(method, folder / f"{name}-parts", source, options, many)
         torch.save(end, folder / f"{name}-{fit.global_rank}.pt")
+    odd = build(MerAModule, dropout=0.0)
+    fit = trainer(**many)
+    fit.validate(odd, datamodule=data(batch_size=2, rows=dict.fromkeys(rows, rows["train"][:5])), verbose=False)
+    end = {"state": odd.owned_state(), "tokens": odd.merged["tokens"]}
+    torch.save(end, folder / f"odd-{fit.global_rank}.pt")
 
 
 class Stop(L.Callback):

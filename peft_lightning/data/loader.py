@@ -46,11 +46,11 @@ class LengthGroupedSampler:
 
     In training, each epoch has its own random order. Rank r takes every ``world_size``-th row of a global
     batch, so one process with batch 2B sees the same global batches as two with B. The rows that do not
-    fill a global batch come last and are dealt out likewise; if they are fewer than the ranks, or only
-    ``whole`` batches are wanted, this epoch leaves them out.
+    fill a global batch come last and are dealt out likewise; if they are fewer than the ranks and not
+    ``every`` row is wanted, or only ``whole`` batches are, this epoch leaves them out.
 
     In evaluation, the longest rows come first, and no row is repeated or lost. All ranks have equally
-    many batches: a rank that has no row left gets one row of padding.
+    many batches: a rank that has no row left gets one row of padding, as where ``every`` row is wanted.
 
     Args:
         lengths: number of tokens per row, [N].
@@ -60,6 +60,7 @@ class LengthGroupedSampler:
         world_size: number of ranks.
         rank: which of them this is.
         whole: whether training leaves out what does not fill a global batch, so that all have one shape.
+        every: whether a random order, too, leaves out nothing.
 
     Raises:
         UsageError: ``batch_size`` is below 1.
@@ -76,10 +77,12 @@ class LengthGroupedSampler:
         world_size: int = 1,
         rank: int = 0,
         whole: bool = False,
+        every: bool = False,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}; allowed: at least 1")
-        if len(lengths) < (world_size if shuffle else 1):
+        steps = shuffle and not every
+        if len(lengths) < (world_size if steps else 1):
             raise DataError(f"the split has {len(lengths)} rows for {world_size} ranks; allowed: one for each")
         if shuffle and whole and len(lengths) < (size := batch_size * world_size):
             raise DataError(f"the split has {len(lengths)} rows for a global batch of {size}; allowed: at least {size}")
@@ -87,7 +90,7 @@ class LengthGroupedSampler:
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.world_size, self.rank = world_size, rank
         # The fewest rows that make a batch.
-        self._fewest = (batch_size * world_size if whole else world_size) if shuffle else 1
+        self._fewest = (batch_size * world_size if whole else world_size) if steps else 1
 
     @property
     def global_batch_size(self) -> int:

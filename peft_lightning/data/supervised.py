@@ -125,7 +125,7 @@ class TaskDataModule(SplitDataModule):
         return self.loader("predict")
 
     def calibration_dataloader(self, stage: str = "train") -> Loader:
-        """Return this rank's batches of a stage's rows in a random order, without labels.
+        """Return this rank's batches of a stage's rows in a random order, each row once over all ranks, without labels.
 
         For what looks at inputs only; rows need no label, and loaders of the stage itself stay where they are.
 
@@ -134,7 +134,7 @@ class TaskDataModule(SplitDataModule):
             DataError: the data cannot be used.
         """
         data = self.unlabelled(stage)
-        sampler = self.sampler(data.lengths(), self.batch_size, shuffle=True, seed=self.seed)
+        sampler = self.sampler(data.lengths(), self.batch_size, shuffle=True, seed=self.seed, every=True)
         return Loader(self._collate(data), sampler, workers=self.workers)
 
     def unlabelled(self, stage: str) -> Encoded:

@@ -31,7 +31,7 @@ from peft_lightning.files.base_model import note_on_name
 from peft_lightning.files.foreign import ForeignAdapter
 from peft_lightning.files.hf_peft import write_peft
 from peft_lightning.files.manifest import write_adapter
-from peft_lightning.files.sources import read_source, source_names
+from peft_lightning.files.sources import knows_weights, read_source, source_names
 from peft_lightning.layers.merge_config import MergeConfig
 from peft_lightning.layers.merging import Merged, MergeSource, merged_config, needs_data
 from peft_lightning.layers.merging import merge_adapters as merge_tensors
@@ -238,6 +238,8 @@ def _notes(given: Sequence[ForeignAdapter], names: Sequence[str], model: nn.Modu
     here = (model.config, type(model))
     for name, one in zip(names, given, strict=True):
         notes += [f"{name}: {note}" for note in (*one.notes, *note_on_name(one, here))]
+    if unknown := [name for name, one in zip(names, given, strict=True) if not knows_weights(one.origin)]:
+        notes.append(f"{', '.join(unknown)}: made on weights that no file identifies; only the shapes were compared")
     behind = [name for name, one in zip(names, given, strict=True) if one.origin.get("has_head") and name != head]
     if behind:
         notes.append(f"the head{'s' if len(behind) > 1 else ''} of {', '.join(behind)} stay{'s' * (len(behind) == 1)} "
@@ -248,6 +250,7 @@ def _notes(given: Sequence[ForeignAdapter], names: Sequence[str], model: nn.Modu
 def _described(given: ForeignAdapter, name: str) -> dict[str, Any]:
     """A source in the recipe."""
     known = {key: value for key, value in given.origin.items() if value is not None and key != "backbone"}
+    known["knows_weights"] = knows_weights(given.origin)
     adapter = {key: getattr(given.adapter, key) for key in ("kind", "bottleneck", "nonlinearity")}
     named = {"model_name": given.base["model_name"]} if given.base.get("model_name") else {}
     return {"name": name, **known, **adapter, "scaling": given.adapter.factor, "masks": bool(given.masks), **named}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from peft_lightning.errors import UsageError
-from peft_lightning.files.sources import read_source, source_names
+from peft_lightning.files.sources import knows_weights, read_source, source_names
 from peft_lightning.layers.merge_sources import MergeSource
 
 __all__ = ["read_sources", "source_paths"]
@@ -42,7 +42,8 @@ def read_sources(
         fingerprint: of it.
 
     Returns:
-        The adapters, each under a name of its own, and where they come from, plain values.
+        The adapters, each under a name of its own, and where they come from, plain values; ``knows_weights`` says
+        whether the backbone's weights were compared, or only its shape, for want of a record of them.
 
     Raises:
         CheckpointError: if one is missing, damaged, or was made for another backbone.
@@ -53,5 +54,5 @@ def read_sources(
         given = read_source(path, backbone=backbone, fingerprint=fingerprint)
         sources.append(MergeSource(name=name, adapter=given.adapter, tensors=given.tensors, masks=given.masks))
         known = {key: given.origin[key] for key in ("files", "seed", "task") if given.origin.get(key) is not None}
-        origins.append({"name": name, **known})
+        origins.append({"name": name, **known, "knows_weights": knows_weights(given.origin)})
     return sources, origins

@@ -23,7 +23,7 @@ from peft_lightning.files.strict import check_fingerprint
 from peft_lightning.files.values import check_finite
 from peft_lightning.layers.adapters import AdapterConfig
 
-__all__ = ["check_source", "foreign_reader", "read_source", "source_names"]
+__all__ = ["check_source", "foreign_reader", "knows_weights", "read_source", "source_names"]
 
 _METHODS = ("SparseAdapterModule", "MerAModule")
 _TENSORS = ("adapter.safetensors", "pytorch_adapter.bin", "adapter_model.safetensors", "adapter_model.bin")
@@ -112,6 +112,11 @@ def check_source(
     group = ".loras." if given.adapter.kind == "lora" else ".adapters."
     if odd := sorted({name.partition(group)[0] for name in given.tensors} - there):
         raise CheckpointError(f"{path}: has an adapter at {odd[0]}, which this backbone lacks")
+
+
+def knows_weights(origin: Mapping[str, Any]) -> bool:
+    """Whether an adapter's ``origin`` identifies the backbone's weights, as our own files do and others do not."""
+    return bool((origin.get("backbone") or {}).get("weights"))
 
 
 def source_names(paths: Sequence[str | Path]) -> list[str]:

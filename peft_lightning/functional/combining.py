@@ -10,8 +10,11 @@ Symbols: ``w`` = weights of the adapters, of either sign; ``v`` = what the outpu
   which a zero up projection gives, so signs belong there and not on the down projection.
 * TIES (Yadav et al., 2023) on the up projections, for the same reason: the largest entries of each, the sign of
   their weighted sum, and the weighted mean of those that have it; down projections averaged.
-* RegMean (Jin et al., 2023): the up projection that is closest to each adapter's on that adapter's activations; the
-  same for the down projection where its inputs' products are given, else the average (which it is for equal inputs).
+* RegMean (Jin et al., 2023): the up projection that is closest to each adapter's on that adapter's own
+  activations, products of different neurons shrunk as there; the same for the down projection where its inputs'
+  products are given, else the average (which it is for equal inputs). A merge of whole backbones gives none: one for
+  each adapter and site takes [D, D], 0.9 GB for 8 adapters at 24 sites of width 768, and where all read the bare
+  backbone's states they are the same.
 
 Shapes: n adapters, D model width, T slots.
 """

@@ -34,7 +34,8 @@ class Recipe:
             has the width of the reference).
         regularisation: Sinkhorn's, relative to the spread of the costs.
         marginals: of emd and sinkhorn: uniform, or importance (norms of what is compared).
-        reference: what the others are aligned to: first, medoid (least total cost), or the number of an adapter.
+        reference: what the others are aligned to: first, medoid (least total cost), or the number of an adapter,
+            counted from 0.
         combine: sum (equation 1: both matrices; at another scale than sum it is the average), average (down projections
             averaged by the weights' sizes, up projections added with their signs: task arithmetic), ties, regmean, or
             select (some of all neurons as they are).

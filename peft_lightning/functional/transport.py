@@ -11,7 +11,8 @@ matching the plan is an assignment, which scipy finds faster than a solver of op
 neurons each get a slot of their own among the larger side's, and no function changes. alpha and beta are the sums that
 the plan has, not those that were asked for: a Sinkhorn stopped early still gives convex combinations.
 
-Costs come from inner products, ``|a - b|^2 = aa + bb - 2 ab``: those of weights, or second moments of activations.
+Costs come from inner products, ``|a - b|^2 = aa + bb - 2 ab``: those of weights, or second moments of
+activations. Means are not taken out: what is compared is how much two neurons' activations differ token by token.
 
 Shapes: S neurons of a source, T slots (neurons of the reference).
 """

@@ -33,7 +33,9 @@ class MergeConfig:
         streams: own (each adapter on its own forward pass) or shared (all read the bare backbone's states, which
             costs one pass whatever their number, and is not what they see in use).
         recipe: single stages other than the preset's, fields of ``functional.recipes.Recipe``, whose ``reference``
-            may also be an adapter's name. For LoRA: rank, density, seed.
+            may also be an adapter's name: a whole number counts the adapters from 0, a text is a name (but for first
+            and medoid), and a number that is another adapter's name is refused. For LoRA: rank (None: the
+            largest of the adapters'; cat has their sum), density, seed.
 
     Raises:
         UsageError: if a value is not allowed.
@@ -78,20 +80,16 @@ class MergeConfig:
             names: of the adapters, one of which may be the reference.
 
         Raises:
-            UsageError: if the preset is one for LoRA, or a stage has a value that is not allowed.
+            UsageError: if the preset is one for LoRA, a stage has a value that is not allowed, or the reference is none
+                of the adapters or could be two of them.
         """
         if self.for_updates:
             raise UsageError(
                 f"merge.preset = {self.preset!r}: is for LoRA; bottleneck adapters have {', '.join(PRESETS)}"
             )
         changed = dict(self.recipe)
-        reference = changed.get("reference")
-        if isinstance(reference, str) and reference in names:
-            changed["reference"] = list(names).index(reference)
-        elif isinstance(reference, str) and names and reference not in ("first", "medoid"):
-            raise UsageError(
-                f"merge.recipe.reference = {reference!r}: must be first, medoid, a number or one of {', '.join(names)}"
-            )
+        if names and "reference" in changed:
+            changed["reference"] = _place(changed["reference"], list(names))
         if self.scale is not None:
             changed["scale"] = self.scale
         return replace(PRESETS[self.preset], **changed)
@@ -117,3 +115,22 @@ class MergeConfig:
             raise UsageError(f"merge.recipe.density = {density!r}: must be above 0 and at most 1")
         if type(seed) is not int or not 0 <= seed < 2**31:
             raise UsageError(f"merge.recipe.seed = {seed!r}: must be a whole number of at least 0 and below 2**31")
+
+
+def _place(reference: Any, names: list[str]) -> str | int:
+    """The number of the adapter that is meant; first and medoid stay."""
+    if reference in ("first", "medoid"):
+        return str(reference)
+    if isinstance(reference, str) and reference in names:
+        return names.index(reference)
+    if type(reference) is not int or not 0 <= reference < len(names):
+        raise UsageError(
+            f"merge.recipe.reference = {reference!r}: must be first, medoid, a number from 0 to {len(names) - 1} or "
+            f"one of {', '.join(names)}"
+        )
+    if str(reference) in names and names[reference] != str(reference):
+        raise UsageError(
+            f"merge.recipe.reference = {reference}: counted from 0 that is {names[reference]!r}, and another adapter "
+            f"is called {str(reference)!r}; give a name, as text, of {', '.join(names)}"
+        )
+    return reference

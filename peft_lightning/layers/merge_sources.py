@@ -41,12 +41,18 @@ class MergeSource:
     def sites(self) -> dict[str, dict[str, Tensor]]:
         """Its tensors by site and by their name there, from the first layer to the last; masks end in ``_mask``.
 
+        What a mask removes is zero, whatever the tensor holds there.
+
         Raises:
-            CheckpointError: if a tensor is no part of this adapter.
+            CheckpointError: if a tensor is no part of this adapter, or a mask belongs to no tensor of its shape.
         """
         group = "loras" if self.adapter.kind == "lora" else "adapters"
         found: dict[str, dict[str, Tensor]] = {}
-        named = {**self.tensors, **{f"{name}_mask": mask for name, mask in self.masks.items()}}
+        named = dict(self.tensors)
+        for name, mask in self.masks.items():
+            if name not in named or named[name].shape != mask.shape:
+                raise CheckpointError(f"{self.name}: {name} is no tensor of its mask's shape {tuple(mask.shape)}")
+            named |= {name: named[name] * mask, f"{name}_mask": mask}
         for name, tensor in named.items():
             site, inside, part = name.partition(f".{group}.{self.adapter.name}.")
             if not inside:

@@ -28,17 +28,17 @@ from peft_lightning.files.manifest import MANIFEST_KEY
 from peft_lightning.files.several import read_sources, source_paths
 from peft_lightning.files.strict import check_fingerprint, check_tensors
 from peft_lightning.layers.adapters import AdapterConfig
-from peft_lightning.layers.fusion import attach_fusion, identity_penalty
+from peft_lightning.layers.fusion import AdapterFusion, attach_fusion, identity_penalty
 from peft_lightning.layers.merge_sources import MergeSource
 from peft_lightning.settings import OptimConfig, as_config
-from peft_lightning.task_module import TaskModule
+from peft_lightning.sourced_module import SourcedModule
 from peft_lightning.tasks.batch import Batch
 from peft_lightning.tasks.table import Task
 
 __all__ = ["FusionModule"]
 
 
-class FusionModule(TaskModule):
+class FusionModule(SourcedModule):
     """Trains attention over the outputs of frozen adapters, and a new head.
 
     A file holds the adapters too: it needs the backbone only, and no folder of a source.
@@ -62,7 +62,7 @@ class FusionModule(TaskModule):
         UsageError: if a value is not allowed.
     """
 
-    fixed_by_file = (*TaskModule.fixed_by_file, "sources", "fusion", "penalty", "score_dropout")
+    fixed_by_file = (*SourcedModule.fixed_by_file, "fusion", "penalty", "score_dropout")
 
     def __init__(
         self,
@@ -99,6 +99,8 @@ class FusionModule(TaskModule):
         self.record(sources=self.sources, fusion=self.fusion, penalty=penalty, score_dropout=score_dropout)
         self.shapes: list[AdapterConfig] = []
         self.masked = False
+        self.fusions: dict[str, AdapterFusion] = {}
+        self.adapters: dict[str, nn.Module] = {}
 
     # -- construction ----------------------------------------------------------------------------------------
 
@@ -109,6 +111,8 @@ class FusionModule(TaskModule):
             UsageError: if the adapters cannot be fused.
             CheckpointError: if a folder is damaged, or belongs to another backbone.
         """
+        if not self.shapes and self.waits_for_file([*self.sources, *([self.fusion] if self.fusion else [])]):
+            return
         given: list[MergeSource] = []
         start = None
         if not self.shapes:
@@ -184,18 +188,9 @@ class FusionModule(TaskModule):
         if self.shapes and self.shapes != shapes:
             raise CheckpointError("checkpoint: its adapters are not of the shapes that those in sources have")
         self.shapes, self.score_dropout = shapes, dropout
+        self.take_shape()
         if not self._built:
             self.masked = any(str(name).endswith("_mask") for name in checkpoint["state_dict"])
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build what the file describes before its tensors are loaded.
-
-        Raises:
-            CheckpointError: if the file is damaged or does not fit.
-            UsageError: names a setting that the file decides and that differs here.
-        """
-        self.before_data(checkpoint)
-        super().on_load_checkpoint(checkpoint)
 
     # -- reports ---------------------------------------------------------------------------------------------
 

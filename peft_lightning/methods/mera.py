@@ -36,13 +36,13 @@ from peft_lightning.layers.merging import MergeSource, merge_adapters, merged_co
 from peft_lightning.scoring import over_ranks, unlabelled_inputs
 from peft_lightning.seeding import seeded_on_cpu
 from peft_lightning.settings import OptimConfig, as_config
-from peft_lightning.task_module import TaskModule
+from peft_lightning.sourced_module import SourcedModule
 from peft_lightning.tasks.table import Task
 
 __all__ = ["MerAModule"]
 
 
-class MerAModule(TaskModule):
+class MerAModule(SourcedModule):
     """Merges pretrained adapters into one, then trains that and the task's head; the backbone is frozen.
 
     A merge that needs no data is done when the module is built, any other one when a Trainer brings data: before the
@@ -66,7 +66,7 @@ class MerAModule(TaskModule):
         UsageError: if a value is not allowed.
     """
 
-    fixed_by_file = (*TaskModule.fixed_by_file, "sources", "merge")
+    fixed_by_file = (*SourcedModule.fixed_by_file, "merge")
 
     def __init__(
         self,
@@ -95,6 +95,7 @@ class MerAModule(TaskModule):
         self.merge = as_config(MergeConfig, merge)
         self.record(sources=self.sources, merge=self.merge)
         self.adapter: AdapterConfig | None = None
+        self.adapters: dict[str, nn.Module] = {}
         self.masked = False
         self.merged: dict[str, Any] | None = None
         self._given: list[MergeSource] = []
@@ -109,6 +110,8 @@ class MerAModule(TaskModule):
             UsageError: if the sources cannot become one.
             CheckpointError: if a source is damaged, or belongs to another backbone.
         """
+        if self.adapter is None and self.waits_for_file(self.sources):
+            return
         if self.adapter is None:
             self._read()
             self.adapter = merged_config(self._given, self.merge)
@@ -170,27 +173,11 @@ class MerAModule(TaskModule):
         self.merged = {**report, "origins": self._origins}
         self._given = []
 
-    def _merge_on_data(self) -> None:
+    def begin(self) -> None:
         """Merge on what the trainer's data module has, unless it is done."""
+        super().begin()
         if self.merged is None:
             self._merge(partial(unlabelled_inputs, self))
-
-    def on_fit_start(self) -> None:
-        """Merge before the first step and the first validation."""
-        super().on_fit_start()
-        self._merge_on_data()
-
-    def on_validation_start(self) -> None:
-        """Merge before a validation without a fit."""
-        self._merge_on_data()
-
-    def on_test_start(self) -> None:
-        """Merge before a test without a fit."""
-        self._merge_on_data()
-
-    def on_predict_start(self) -> None:
-        """Merge before predictions without a fit."""
-        self._merge_on_data()
 
     def predict(self, texts: Sequence[Any], batch_size: int = 32) -> list[dict[str, Any]]:
         """Answers for texts; see :meth:`TaskModule.predict`.
@@ -238,18 +225,9 @@ class MerAModule(TaskModule):
         if self.adapter not in (None, adapter):
             raise CheckpointError(f"checkpoint: holds {adapter}, the sources give {self.adapter}")
         self.adapter, self.merged, self._given = adapter, merged, []
+        self.take_shape()
         if not self._built:
             self.masked = any(str(name).endswith("_mask") for name in checkpoint["state_dict"])
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build what the file describes before its tensors are loaded.
-
-        Raises:
-            CheckpointError: if the file is damaged or does not fit.
-            UsageError: names a setting that the file decides and that differs here.
-        """
-        self.before_data(checkpoint)
-        super().on_load_checkpoint(checkpoint)
 
     # -- reports ---------------------------------------------------------------------------------------------
 

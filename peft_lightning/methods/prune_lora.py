@@ -231,16 +231,6 @@ class PruneLoRAModule(TaskModule):
         if self.measured is not None and {p: len(s) for p, s in self.measured.heads.items()} != dict(plan.units):
             raise CheckpointError("checkpoint: damaged (its importance is not that of the heads in its plan)")
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Prune as the file says before its tensors are loaded.
-
-        Raises:
-            CheckpointError: if the decisions are malformed or do not fit the backbone.
-            UsageError: names a setting that the file decides and that differs here.
-        """
-        self.before_data(checkpoint)
-        super().on_load_checkpoint(checkpoint)
-
     # -- use -------------------------------------------------------------------------------------------------
 
     def merge(self) -> PruneLoRAModule:

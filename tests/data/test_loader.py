@@ -92,6 +92,15 @@ def test_two_ranks_see_the_global_batches_of_one(lengths: np.ndarray, batch_size
     assert two == (one[:-1] if len(lengths) % (2 * batch_size) == 1 else one)
 
 
+@given(lengths=LENGTHS, batch_size=st.integers(1, 5), world=st.integers(1, 4))
+def test_a_random_order_of_every_row_loses_none(lengths: np.ndarray, batch_size: int, world: int) -> None:
+    dealt = plans(lengths, batch_size, world, shuffle=True, every=True)
+    assert counted_rows(dealt) == list(range(len(lengths)))
+    assert {len(plan) for plan in dealt} == {-(-len(lengths) // (batch_size * world))}
+    alone = plans(lengths, batch_size * world, 1, shuffle=True)
+    assert global_batches(dealt) == global_batches(alone)
+
+
 def test_every_row_is_trained_on_sooner_or_later() -> None:
     lengths = np.arange(1, 12)
     seen = {row for epoch in range(20) for row in counted_rows(plans(lengths, 2, 2, epoch, shuffle=True))}

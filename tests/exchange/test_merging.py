@@ -122,6 +122,18 @@ def test_the_record_names_everything_that_went_in(family: list[Path], backbone: 
         assert picture.format == "PNG" and picture.width > 3 * 400
 
 
+def test_one_note_names_the_adapters_whose_backbones_weights_nobody_knows(
+    family: list[Path], backbone: str, tmp_path: Path
+) -> None:
+    """AdapterHub's files say of which shape it was; ours of which weights, too."""
+    record = merged(family, tmp_path / "out", backbone, "avg")
+    assert [source["knows_weights"] for source in record["sources"]] == [False, True, False]
+    notes = [note for note in record["notes"] if "weights" in note]
+    assert notes == ["source_0, source_2: made on weights that no file identifies; only the shapes were compared"]
+    merged([family[1]], tmp_path / "own", backbone, "avg")
+    assert "no file identifies" not in (tmp_path / "own" / "merge.json").read_text()
+
+
 def test_two_merges_write_the_same_bytes(family: list[Path], backbone: str, tmp_path: Path) -> None:
     for name in ("one", "two"):
         merged(family, tmp_path / name, backbone, data=TEXTS)
@@ -296,6 +308,21 @@ def test_adapters_of_other_backbones_and_kinds(family: list[Path], backbone: str
     with pytest.raises(UsageError, match="adapter.kind: source_0 has 'houlsby', pfeiffer has 'pfeiffer'"):
         merge_adapters([family[0], pfeiffer], out, backbone=backbone, merge={"preset": "avg"})
     assert not out.exists()
+
+
+def test_layers_that_are_left_out_are_so_in_all_adapters(backbone: str, tmp_path: Path) -> None:
+    """Else no site is merged; where they are the same, the merged adapter leaves them out too."""
+    target = r"^encoder\.layer\.(0|2)\.(output)$"
+    some = [written(tmp_path / f"some_{n}", module(backbone, n, target=target)) for n in range(2)]
+    whole = written(tmp_path / "whole", module(backbone, 2))
+    assert json.loads((some[0] / "adapter_config.json").read_text())["config"]["leave_out"] == [1]
+    message = "some_0 and whole are at different sites; only whole has one at encoder.layer.1.output"
+    with pytest.raises(UsageError, match=message):
+        merge_adapters([*some, whole], tmp_path / "out", backbone=backbone, merge={"preset": "avg"})
+    merged(some, tmp_path / "out", backbone, "avg")
+    assert list(reloaded(tmp_path / "out", backbone).adapters) == [
+        f"encoder.layer.{layer}.output.adapters.merged" for layer in (0, 2)
+    ]
 
 
 def test_nothing_is_left_of_a_merge_that_fails(

@@ -18,7 +18,7 @@ from peft_lightning.functional.moments import Moments
 from peft_lightning.functional.neurons import Bottleneck, canonicalise, carry
 from peft_lightning.functional.recipes import PRESETS, Recipe
 from peft_lightning.functional.repairing import refit
-from tests.reference.merging import NONLINEARITIES, inner, output, paper_average, permuted
+from tests.reference.merging import NONLINEARITIES, inner, output, paper_average, permuted, regression_mean
 from tests.reference.transport import broadcast_cost
 
 WIDTH, SIZE = 20, 8
@@ -287,6 +287,27 @@ def test_a_sinkhorn_merge_tends_to_the_assigned_one() -> None:
         recipe = Recipe(align="weights", solver="sinkhorn", regularisation=regularisation)
         gaps.append(float((merge(sources, recipe).bottleneck.down_RD - wanted.down_RD).norm()))
     assert gaps[0] > gaps[1] > 20 * gaps[2]
+
+
+@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("sizes", [(6, 6, 6), (5, 8)])
+def test_regmean_after_the_alignment_is_that_of_the_moved_activations(sizes: tuple[int, ...], balance: bool) -> None:
+    sources = [_adapter(seed, size) for seed, size in enumerate(sizes)]
+    weights = [1.0, 0.5, 2.0][: len(sizes)]
+    recipe = Recipe(align="activations", combine="regmean", ridge=1e-12, balance=balance)
+    result = _whole(sources, recipe, weights)
+    assert result.alignment is not None
+    ups, activations = [], []
+    for source, plan in zip(sources, result.alignment.plans, strict=True):
+        assert plan.slots_S is not None
+        plain = canonicalise(source, balance=balance)[0]
+        ups.append(torch.zeros(WIDTH, max(sizes), dtype=torch.float64))
+        activations.append(torch.zeros(400, max(sizes), dtype=torch.float64))
+        for neuron, slot in enumerate(plan.slots_S.tolist()):
+            ups[-1][:, slot] = plain.up_DR[:, neuron]
+            activations[-1][:, slot] = inner(plain, _inputs()).relu()[:, neuron]
+    wanted = regression_mean(ups, activations, weights, recipe.shrink)
+    assert_close(result.bottleneck.up_DR, wanted, atol=1e-6, rtol=1e-6)
 
 
 def test_with_a_narrow_reference_the_order_of_the_others_does_not_matter() -> None:

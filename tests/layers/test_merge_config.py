@@ -22,8 +22,30 @@ def test_a_reference_may_be_a_name() -> None:
     config = MergeConfig(preset="acts", recipe={"reference": "imdb"})
     assert config.resolve(["qnli", "imdb"]).reference == 1
     assert MergeConfig(preset="acts", recipe={"reference": "medoid"}).resolve(["qnli"]).reference == "medoid"
-    with pytest.raises(UsageError, match="must be first, medoid, a number or one of a, b"):
+    with pytest.raises(UsageError, match="'imdb': must be first, medoid, a number from 0 to 1 or one of a, b"):
         config.resolve(["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("reference", "names", "meant"),
+    [
+        (1, ["a", "b"], 1),  # a number counts from 0
+        ("1", ["1", "2"], 0),  # a text is a name
+        (1, ["0", "1"], 1),  # and where both are the same adapter, no matter
+        ("first", ["a", "first"], "first"),
+        (1, ["1", "2"], r"= 1: counted from 0 that is '2', and another adapter is called '1'; give .* of 1, 2"),
+        ("1", ["a", "b"], r"= '1': must be first, medoid, a number from 0 to 1 or one of a, b"),
+        (2, ["a", "b"], r"= 2: must be first, medoid, a number from 0 to 1 or one of a, b"),
+        (-1, ["a", "b"], r"= -1: must be first"),
+    ],
+)
+def test_numbers_and_names_are_told_apart(reference: str | int, names: list[str], meant: Any) -> None:
+    config = MergeConfig(preset="acts", recipe={"reference": reference})
+    if meant == "first" or isinstance(meant, int):
+        assert config.resolve(names).reference == meant
+        return
+    with pytest.raises(UsageError, match=f"merge.recipe.reference {meant}"):
+        config.resolve(names)
 
 
 def test_options_of_updates() -> None:

@@ -21,6 +21,7 @@ from peft_lightning.layers.merge_config import MergeConfig
 from peft_lightning.layers.merging import Merged, MergeSource, merge_adapters, merged_config, needs_data
 from tests.families import CELLS, backbone_setting, inputs
 from tests.reference.calibration import alone, look
+from tests.reference.merging import loop_ties
 
 ALIGNED = ("wts", "acts", "acts+")
 BOTTLENECKS = ("houlsby", "pfeiffer", "parallel")
@@ -220,6 +221,25 @@ def test_sparse_adapters_merge_to_the_union_or_to_a_budget_of_their_masks(masks:
     states(bare, aligned)
 
 
+@pytest.mark.parametrize("preset", ["sum", "avg", "wts", "acts", "acts+", "select", "cat", "svd", "ties", "dare"])
+def test_what_masks_remove_is_zero_whatever_the_file_holds_there(preset: str) -> None:
+    bare = backbone()
+    kind = "lora" if preset in ("cat", "svd", "ties", "dare") else "pfeiffer"
+    clean = [source(bare, number, kind=kind, masked=True) for number in range(2)]
+    dirty = [other_tensors(given, lambda n, t, m=given.masks: t if n not in m else t + 5 * ~m[n]) for given in clean]  # type: ignore[misc]
+    wanted, got = merged(bare, clean, preset), merged(bare, dirty, preset)
+    assert_close(got.tensors, wanted.tensors, rtol=0, atol=0)
+    assert got.report == wanted.report and got.masks.keys() == wanted.masks.keys()
+
+
+def test_a_mask_of_another_shape() -> None:
+    given = source(backbone(), 0, masked=True)
+    name = next(iter(given.masks))
+    for masks in ({name: given.masks[name][:2]}, {"ghost": given.masks[name]}):
+        with pytest.raises(CheckpointError, match="adapter 0: .* is no tensor of its mask's shape"):
+            replace(given, masks=masks).sites()
+
+
 def old(name: str) -> str:
     return name.replace(".merged.", ".sparse.")
 
@@ -410,6 +430,26 @@ def test_lora_cut_to_a_rank_fits_one_setting(preset: str, rank: int | None) -> N
             assert_close(update, total, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("preset", ["svd", "ties", "dare"])
+def test_lora_of_other_ranks_and_scalings_is_merged_as_whole_updates(preset: str) -> None:
+    """At a rank that holds all; below it, the largest rank of theirs, what is nearest to that."""
+    bare = backbone().double()
+    family = [source(bare, n, kind="lora", bottleneck=2 + 3 * n, scaling=0.5 + n) for n in range(2)]
+    density = 1.0 if preset == "dare" else 0.3
+    recipe = {"density": density} if preset != "svd" else {}
+    whole = merged(None, family, preset, recipe={**recipe, "rank": 64})
+    cut = merged(None, family, preset, recipe=recipe)
+    assert cut.adapter.bottleneck == 5
+    parts, nearest = [updates(bare, given) for given in family], updates(bare, cut)
+    for site, update in updates(bare, whole).items():
+        values = [part[site] for part in parts]
+        wanted = loop_ties(values, [1.0, 1.0], density) if preset == "ties" else (values[0] + values[1]) / 2
+        assert_close(update, wanted, rtol=0, atol=1e-5)
+        lost = torch.linalg.svdvals(wanted)[5:].norm() / wanted.norm()
+        assert cut.report["sites"][site]["lost"] == pytest.approx(float(lost), rel=1e-3, abs=1e-6)
+        assert float((nearest[site] - wanted).norm() / wanted.norm()) == pytest.approx(float(lost), rel=1e-3, abs=1e-5)
+
+
 def test_sparse_lora_keeps_its_masks_side_by_side() -> None:
     bare = backbone()
     family = [source(bare, 0, kind="lora", masked=True), source(bare, 1, kind="lora")]
@@ -434,6 +474,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "kind": ({}, {"kind": "houlsby"}, "adapter.kind: adapter 0 has 'pfeiffer', adapter 1 has 'houlsby'"),
     "nonlinearity": ({}, {"nonlinearity": "gelu"}, "adapter.nonlinearity: adapter 0 has 'relu', adapter 1 has 'gelu'"),
     "sites": ({}, {"target": r"layer\.0\."}, r"only adapter 0 has one at encoder\.layer\.1\.output"),
+    "linear maps": (
+        {"kind": "lora", "target": "query|value"},
+        {"kind": "lora", "target": "query"},
+        r"adapter.target: adapter 0 and adapter 1 are at different sites; only adapter 0 has one at .*0.*value",
+    ),
     "prefixes": ({"kind": "mam"}, {"kind": "mam"}, "prefixes have no neurons to match"),
 }
 
@@ -443,7 +488,7 @@ def test_adapters_that_cannot_become_one(case: str) -> None:
     bare = backbone()
     one, other, message = REFUSED[case]
     with pytest.raises(UsageError, match=message):
-        merged(bare, [source(bare, 0, **one), source(bare, 1, **other)], "avg")
+        merged(bare, [source(bare, 0, **one), source(bare, 1, **other)], "svd" if "lora" in one.values() else "avg")
 
 
 def test_wrong_numbers_and_names() -> None:
@@ -455,9 +500,9 @@ def test_wrong_numbers_and_names() -> None:
         merged(bare, [named(family[0], "a"), named(family[1], "a")], "avg")
     with pytest.raises(UsageError, match=r"merge.weights = \[1.0\]: must be 2, one for each adapter"):
         merged(bare, family, "avg", weights=[1.0])
-    with pytest.raises(UsageError, match=r"merge.reference = 2: must be from 0 to 1"):
+    with pytest.raises(UsageError, match=r"merge.recipe.reference = 2: must be .* a number from 0 to 1"):
         merged(bare, family, "wts", recipe={"reference": 2})
-    with pytest.raises(UsageError, match="must be first, medoid, a number or one of adapter 0, adapter 1"):
+    with pytest.raises(UsageError, match="a number from 0 to 1 or one of adapter 0, adapter 1"):
         merged(bare, family, "wts", recipe={"reference": "adapter 2"})
     with pytest.raises(UsageError, match=r"merge.width = 13: must be at most 12"):
         merged_config(family, MergeConfig(preset="select", recipe={"width": 13}))

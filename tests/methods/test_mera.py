@@ -374,7 +374,8 @@ def test_the_manifest_says_how_it_came_about(tmp_path: Path) -> None:
     manifest = torch.load(tmp_path / "last.ckpt", weights_only=True)[MANIFEST_KEY]
     assert manifest["merged"]["recipe"]["repair"] == "refit"
     assert manifest["adapter"]["bottleneck"] == 16 and "adapter" not in manifest["hyper_parameters"]
-    assert [origin["name"] for origin in manifest["merged"]["origins"]] == ["source0", "source1"]
+    origins = manifest["merged"]["origins"]
+    assert [(origin["name"], origin["knows_weights"]) for origin in origins] == [("source0", True), ("source1", True)]
     assert module.lines()["merged"] == f"acts+ of source0, source1, on {module.merged['tokens']:,} tokens"
 
 

@@ -90,6 +90,24 @@ def ridge_fit(z_NR: Tensor, y_ND: Tensor, prior_DR: Tensor, amount: float, mask_
     return torch.stack(rows)
 
 
+def regression_mean(
+    ups: Sequence[Tensor], activations: Sequence[Tensor], weights: Sequence[float], shrink: float
+) -> Tensor:
+    """RegMean (Jin et al., 2023), one token and one entry at a time."""
+    size = ups[0].shape[1]
+    left, right = torch.zeros_like(ups[0]), torch.zeros(size, size, dtype=ups[0].dtype)
+    for up_DT, activation_NT, weight in zip(ups, activations, weights, strict=True):
+        gram = torch.zeros(size, size, dtype=up_DT.dtype)
+        for token_T in activation_NT:
+            gram += torch.outer(token_T, token_T) / len(activation_NT)
+        for row in range(size):
+            for column in range(size):
+                gram[row, column] *= 1.0 if row == column else shrink
+        left += weight * up_DT @ gram
+        right += weight * gram
+    return left @ torch.linalg.inv(right)
+
+
 def dense_update(updates: Sequence[LowRank], factors: Sequence[float]) -> Tensor:
     """Weighted sum of s B A, one rank at a time."""
     total = torch.zeros(updates[0].b_OR.shape[0], updates[0].a_RD.shape[1], dtype=torch.float64)
