@@ -112,6 +112,7 @@ class _Work:
             device=self.device,
             precision=cell.precision,
             epochs=cell.epochs,
+            steps=cell.steps,
             select=cell.select,
             tick=tick,
         )
@@ -151,7 +152,7 @@ class _Work:
     def _prepared(self, cell: Cell, count: int) -> tuple[Prepared, Any]:
         """A cell at its first step, and what those of its block must have in common."""
         module, data = self._built(cell, count)
-        trainer = LoopTrainer(data, self.device, cell.precision, cell.epochs)
+        trainer = LoopTrainer(data, self.device, cell.precision, cell.epochs, cell.steps)
         prepare(module, trainer)
         alike = tuple(len(data.loader(stage)) for stage in ("train", "validation")), shape_of(module, self.shared)
         return Prepared(module=module, data=data, trainer=trainer), alike

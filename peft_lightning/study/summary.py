@@ -60,4 +60,5 @@ def _scores(chosen: Sequence[Mapping[str, Any]], majority: Mapping[str, float]) 
 def _variant(cell: Mapping[str, Any]) -> str:
     parts = [cell["variant"]] if cell["variant"] != "default" else []
     parts += [f"lr {cell['lr']:g}"] if cell["lr"] is not None else []
-    return ", ".join([*parts, f"{cell['epochs']} epochs"])
+    length = f"{cell['steps']} steps" if "steps" in cell else f"{cell['epochs']} epochs"
+    return ", ".join([*parts, length])

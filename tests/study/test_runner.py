@@ -74,6 +74,25 @@ def test_side_by_side_equals_one_by_one_and_the_backbone_stays(
     assert {c["cell"]["method"]: c["steps"] for c in many} == {"dense": 30, "pruned": 30, "full": 30, "untrained": 0}
 
 
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_steps_end_inside_an_epoch_alone_and_side_by_side(backbone: str, tmp_path: Path, select: str) -> None:
+    """Three batches an epoch: seven steps end after the first of the third one, six with the second one."""
+    dull = {**SPARSE, "init_args": {**SPARSE["init_args"], "optim": {"warmup": 0.1}}}
+    grid = grid_of(backbone, {"m": dull}, epochs=None, steps=[6, 7], select=select)
+    many, one = run(grid, tmp_path / "many"), run({**grid, "side_by_side": 1}, tmp_path / "one")
+    assert [(r["steps"], len(r["losses"]), r["cell"]["steps"]) for r in many] == 2 * [(6, 6, 6), (7, 7, 7)]
+    assert {record["side_by_side"] for record in many} == {2}
+    for left, right in zip(many, one, strict=True):
+        assert (left["steps"], left["epoch"]) == (right["steps"], right["epoch"])
+        assert_close(left["losses"], right["losses"], rtol=0, atol=1e-5)
+        assert left["test"]["loss"] == pytest.approx(right["test"]["loss"], abs=1e-5)
+    epochs = run({**grid, "steps": None, "epochs": [2]}, tmp_path / "epochs")
+    for left, right in zip(epochs, many[::2], strict=True):
+        assert_close(left["losses"], right["losses"], rtol=0, atol=1e-5)
+    run(grid, tmp_path / "epochs")
+    assert len(list((tmp_path / "epochs" / "cells").iterdir())) == 2 + 4
+
+
 def test_a_record_is_complete_and_in_the_file(backbone: str, tmp_path: Path) -> None:
     (record,) = run(grid_of(backbone, {"m": SPARSE}, seeds=[3], epochs=[2]), tmp_path)
     (path,) = (tmp_path / "cells").iterdir()
