@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
+from peft_lightning.backbones.build import BackboneConfig
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.loading import kind_of, method_class, refuse_new_code
@@ -77,8 +79,10 @@ def option(words: list[str], name: str) -> str | None:
 def joined(words: list[str]) -> list[str]:
     """The words, with ``--model.backbone.name`` and ``--model.backbone.config`` in one option if one of them is null.
 
-    The parser checks each option as it comes, and of a name and a configuration a backbone has one only.
+    The parser checks each option as it comes, and of a name and a configuration a backbone has one only. A backbone
+    that is given by its name alone becomes a mapping where options inside of it follow: the parser would forget it.
     """
+    words = _as_mappings(words)
     flags = {f"--model.{part}backbone.{key}": key for part in ("", "init_args.") for key in ("name", "config")}
     found: dict[str, str] = {}
     rest: list[str] = []
@@ -100,6 +104,21 @@ def joined(words: list[str]) -> list[str]:
         found["name"] = json.dumps(found["name"])  # a path may have what YAML takes for something else
     both = ", ".join(f"{key}: {value}" for key, value in found.items())
     return [*rest[:place], f"--model.backbone={{{both}}}", *rest[place:]]
+
+
+def _as_mappings(words: list[str]) -> list[str]:
+    """The words, with ``--model.backbone NAME`` spelt out in full if an option inside of it comes after."""
+    flags = ("--model.backbone", "--model.init_args.backbone")
+    found, position = list(words), 0
+    while position < len(found):
+        flag, given, name = found[position].partition("=")
+        end = position + (1 if given else 2)
+        name = name if given else "".join(found[position + 1 : end])
+        inside = any(word.startswith(tuple(f"{flag}." for flag in flags)) for word in found[end:])
+        if flag in flags and inside and not name.startswith("{") and name not in ("null", "~", ""):
+            found[position:end] = [f"{flag}={json.dumps(asdict(BackboneConfig(name=name)))}"]
+        position += 1
+    return found
 
 
 def refuse_linked(words: list[str]) -> None:

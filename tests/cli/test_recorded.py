@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
+from peft_lightning import BackboneConfig
 from peft_lightning.cli.main import main
 from peft_lightning.cli.recorded import joined
 
@@ -34,6 +36,27 @@ def test_words_are_joined_where_one_of_them_is_null() -> None:
 )
 def test_other_words_stay(words: str) -> None:
     assert joined(words.split()) == words.split()
+
+
+@pytest.mark.parametrize("words", [["--model.backbone", "a b"], ["--model.init_args.backbone=a b"]])
+def test_a_name_stays_where_options_inside_of_the_backbone_follow(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert joined([*words, "--x"]) == [*words, "--x"]
+    assert joined(["--model.backbone.dtype", "bfloat16", *words]) == ["--model.backbone.dtype", "bfloat16", *words]
+    monkeypatch.setattr("sys.argv", ["peft-lightning"])
+    inside = ["--model.backbone.tokenizer", "toy", "--model.init_args.backbone.dtype=bfloat16"]
+    configs = [
+        "--config",
+        str(ROOT / "configs/sparse_adapter.yaml"),
+        "--config",
+        str(ROOT / "configs/overlays/toy.yaml"),
+    ]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *configs, *words, *inside, "--print_config"])
+    assert not end.value.code
+    backbone = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["backbone"]
+    assert backbone == asdict(BackboneConfig(name="a b", tokenizer="toy", dtype="bfloat16"))
 
 
 @pytest.mark.parametrize("turned", [False, True])
