@@ -6,6 +6,7 @@ import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,7 +15,7 @@ from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.loading import kind_of, method_class, refuse_new_code
 
-__all__ = ["joined", "option", "refuse_linked", "with_recorded_settings"]
+__all__ = ["joined", "option", "refuse_linked", "with_recorded_settings", "with_texts"]
 
 LINKED = ("task", "seed", "max_length")  # options of the model that follow others
 # option that follows -> option that it follows
@@ -134,6 +135,21 @@ def refuse_linked(words: list[str]) -> None:
                 given |= _keys(yaml.safe_load(Path(following).read_text(encoding="utf-8")))
     for name in sorted(given & FOLLOWS.keys()):
         raise UsageError(f"--{name}: follows --{FOLLOWS[name]}; give that one")
+
+
+def with_texts(dumped: Any, given: Any) -> Any:
+    """What the parser dumps of options, with their texts as they were given: it makes false of the label word "No".
+
+    >>> with_texts({"words": {"a": False}, "seed": 1}, {"words": {"a": "No"}, "seed": 1})
+    {'words': {'a': 'No'}, 'seed': 1}
+    """
+    if isinstance(dumped, dict) and isinstance(given, dict):
+        if "init_args" in given and "init_args" not in dumped:  # a plain dataclass
+            given = given["init_args"]
+        return {name: with_texts(value, given.get(name)) for name, value in dumped.items()}
+    if isinstance(dumped, list) and isinstance(given, list | tuple) and len(dumped) == len(given):
+        return [with_texts(value, before) for value, before in zip(dumped, given, strict=True)]
+    return given if isinstance(given, str) else dumped
 
 
 def _keys(content: object) -> set[str]:
