@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import types
+from collections.abc import Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from peft_lightning.errors import UsageError
 
-__all__ = ["check_choices", "check_types"]
+__all__ = ["check_choices", "check_types", "nearest"]
 
 
 def check_types(settings: Any, group: str) -> None:
@@ -48,6 +50,16 @@ def check_choices(settings: Any, group: str, **choices: tuple[str, ...]) -> None
         value = getattr(settings, name)
         if value not in allowed and not (value is None and _fits(None, hints[name])):
             raise UsageError(f"{group}.{name} = {value!r}: must be one of {', '.join(allowed)}")
+
+
+def nearest(name: Any, allowed: Sequence[str]) -> str:
+    """Return a question that names what was perhaps meant, or nothing.
+
+    >>> nearest("optm", ["head", "optim"])
+    " (did you mean 'optim'?)"
+    """
+    found = get_close_matches(str(name), allowed, n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def _fits(value: Any, hint: Any) -> bool:

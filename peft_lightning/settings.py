@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from peft_lightning.checks import check_types
+from peft_lightning.checks import check_types, nearest
 from peft_lightning.errors import UsageError
 
 __all__ = ["OptimConfig", "as_config"]
@@ -80,6 +80,10 @@ def as_config(kind: type[Config], value: Config | Mapping[str, Any]) -> Config:
         return value
     if not isinstance(value, Mapping):
         raise UsageError(f"{kind.__name__}: must be one or a mapping, not {value!r:.200}")
+    allowed = [entry.name for entry in fields(kind)]  # type: ignore[arg-type]
+    if odd := [name for name in value if name not in allowed]:
+        meant = nearest(odd[0], allowed)
+        raise UsageError(f"{kind.__name__} has no option {odd[0]!r}{meant}; allowed: {', '.join(allowed)}")
     try:
         return kind(**value)
     except TypeError as error:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from peft_lightning import load_pruned
-from peft_lightning.backbones.build import BackboneConfig, build_backbone
+from peft_lightning.backbones.build import BackboneConfig, build_backbone, build_masked_lm
 from peft_lightning.backbones.toy import toy_tokenizer
 from peft_lightning.cli.main import main
 from peft_lightning.data.toy import toy_rows
@@ -124,6 +124,7 @@ def test_commands_of_the_readme_run(workplace: Path) -> None:
     _write_reviews(workplace)
     _write_encoder_and_data(workplace / "path" / "to")
     _write_texts(workplace)
+    _write_demo(workplace / "runs" / "demo")
     ran = [command for command in _commands(DOCUMENTS[0]) if command.startswith("peft-lightning")]
     for command in ran:
         if command not in ELSEWHERE:
@@ -162,6 +163,21 @@ def _write_reviews(folder: Path) -> None:
     (folder / "reviews.yaml").write_text(block)
 
 
+def _write_demo(folder: Path) -> None:
+    """Write what ``make demo`` leaves and the README goes on from, in little, and the YAML with a prompt."""
+    tokenizer = toy_tokenizer()
+    tokenizer.add_tokens(["true", "false"])
+    config = {"model_type": "bert", "hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model: Any = build_masked_lm(BackboneConfig(config=config, tokenizer="toy"), tokenizer)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "pretrain" / "model")
+    for command in _demo():
+        if "--data.task" in command:
+            _run(f"{command} --trainer.max_epochs 1")
+    (block,) = (block for block in _blocks(DOCUMENTS[0], "yaml") if "kind: prompt" in block)
+    Path("prompt.yaml").write_text(block)
+
+
 def _write_texts(folder: Path) -> None:
     """Write what the README calls my_texts, a few hundred documents, and sentences.tsv."""
     (folder / "my_texts").mkdir()
@@ -194,6 +210,15 @@ def test_every_command_is_run_or_named(path: Path) -> None:
             assert command in ELSEWHERE or command == "make demo", f"{command} is neither run nor named"
         else:
             assert words[0] == "peft-lightning", f"{command} is neither run nor named"
+
+
+def test_what_commands_write_is_ignored() -> None:
+    ignored = (ROOT / ".gitignore").read_text().split()
+    for words in map(shlex.split, _commands(DOCUMENTS[0])):
+        for flag, folder in zip(words, words[1:], strict=False):
+            if flag in ("--out", "--output", "--run_dir"):
+                first = folder.split("/")[0]
+                assert {f"{first}/", f"/{first}/"} & set(ignored), folder
 
 
 def test_nothing_is_named_that_is_not_there() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from peft_lightning.analysis.png import save_png
@@ -44,11 +45,12 @@ def draw_merge(report: Mapping[str, Any], path: str | Path) -> None:
     panels = {_PANELS[name]: lines for name, lines in found.items()}
     if not panels:
         raise UsageError("the merge's report has no figure to draw")
-    figure = Figure(figsize=(4.8 * len(panels), 3.6), layout="constrained")
+    places = list(dict.fromkeys(place for lines in panels.values() for place in lines))
+    figure = Figure(figsize=(4.8 * len(panels) + 1.4, 3.6), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for number, (place, points) in enumerate(lines.items()):
+        for place, points in lines.items():
             layers, low, mean, high = zip(*points, strict=True)
-            colour = _COLOURS[number % len(_COLOURS)]
+            colour = _COLOURS[places.index(place) % len(_COLOURS)]
             axes.plot(layers, mean, "o-", color=colour, label=place, linewidth=1.5, markersize=3.5)
             axes.fill_between(layers, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.set_xlabel("layer")
@@ -56,10 +58,16 @@ def draw_merge(report: Mapping[str, Any], path: str | Path) -> None:
         bottom, top = axes.get_ylim()
         axes.set_ylim(min(0.0, bottom), max(0.01, top * 1.02))
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(fontsize=8)
-    names = ", ".join(report["sources"])
-    figure.suptitle(f"{report['preset']}: {names if len(names) <= 100 else f'{names[:100]}...'}", fontsize=9)
+    figure.legend(*_handles(figure.axes), fontsize=8, loc="outside right center")
+    title = f"{report['preset']}: {', '.join(report['sources'])}"
+    figure.suptitle(fill(title, 65 * len(panels), break_on_hyphens=False), fontsize=9)
     save_png(figure, path)
+
+
+def _handles(panels: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """Lines and their labels, each once."""
+    found = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    return list(found.values()), list(found)
 
 
 def site_figure(report: Mapping[str, Any], site: str, name: str) -> list[float]:

@@ -23,6 +23,7 @@ COMMANDS = {
     "importance": "measure how much each head of a backbone matters to a task",
 }
 _TOOLS = ("export", "import")
+_TRAINER = ("fit", "validate", "test", "predict")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,7 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(0)
     if words[0] not in COMMANDS:
         _fail(f"{words[0]!r} is not a command; there are: {', '.join(COMMANDS)}", 2)
-    _quieten()
+    if words[0] in _TRAINER or not {"-h", "--help"} & set(words):
+        _quieten()
     try:
         if words[0] in _TOOLS:
             from peft_lightning.cli.tools import run_tool
@@ -151,7 +153,7 @@ def _usage() -> str:
 
 
 def _quieten() -> None:
-    """Keep frameworks' advertisements and progress bars out of our output; warnings of substance stay."""
+    """Keep frameworks' advertisements and progress bars out of our output (takes seconds); other warnings stay."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

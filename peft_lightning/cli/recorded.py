@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from peft_lightning.backbones.build import BackboneConfig
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.loading import kind_of, method_class, refuse_new_code
 
-__all__ = ["joined", "option", "refuse_linked", "with_recorded_settings"]
+__all__ = ["joined", "option", "refuse_linked", "with_recorded_settings", "with_texts"]
 
 LINKED = ("task", "seed", "max_length")  # options of the model that follow others
 # option that follows -> option that it follows
@@ -77,8 +80,10 @@ def option(words: list[str], name: str) -> str | None:
 def joined(words: list[str]) -> list[str]:
     """The words, with ``--model.backbone.name`` and ``--model.backbone.config`` in one option if one of them is null.
 
-    The parser checks each option as it comes, and of a name and a configuration a backbone has one only.
+    The parser checks each option as it comes, and of a name and a configuration a backbone has one only. A backbone
+    that is given by its name alone becomes a mapping where options inside of it follow: the parser would forget it.
     """
+    words = _as_mappings(words)
     flags = {f"--model.{part}backbone.{key}": key for part in ("", "init_args.") for key in ("name", "config")}
     found: dict[str, str] = {}
     rest: list[str] = []
@@ -102,6 +107,21 @@ def joined(words: list[str]) -> list[str]:
     return [*rest[:place], f"--model.backbone={{{both}}}", *rest[place:]]
 
 
+def _as_mappings(words: list[str]) -> list[str]:
+    """The words, with ``--model.backbone NAME`` spelt out in full if an option inside of it comes after."""
+    flags = ("--model.backbone", "--model.init_args.backbone")
+    found, position = list(words), 0
+    while position < len(found):
+        flag, given, name = found[position].partition("=")
+        end = position + (1 if given else 2)
+        name = name if given else "".join(found[position + 1 : end])
+        inside = any(word.startswith(tuple(f"{flag}." for flag in flags)) for word in found[end:])
+        if flag in flags and inside and not name.startswith("{") and name not in ("null", "~", ""):
+            found[position:end] = [f"{flag}={json.dumps(asdict(BackboneConfig(name=name)))}"]
+        position += 1
+    return found
+
+
 def refuse_linked(words: list[str]) -> None:
     """Refuse options that follow others, given as flags or in YAML: the parser would drop them without a word.
 
@@ -115,6 +135,21 @@ def refuse_linked(words: list[str]) -> None:
                 given |= _keys(yaml.safe_load(Path(following).read_text(encoding="utf-8")))
     for name in sorted(given & FOLLOWS.keys()):
         raise UsageError(f"--{name}: follows --{FOLLOWS[name]}; give that one")
+
+
+def with_texts(dumped: Any, given: Any) -> Any:
+    """What the parser dumps of options, with their texts as they were given: it makes false of the label word "No".
+
+    >>> with_texts({"words": {"a": False}, "seed": 1}, {"words": {"a": "No"}, "seed": 1})
+    {'words': {'a': 'No'}, 'seed': 1}
+    """
+    if isinstance(dumped, dict) and isinstance(given, dict):
+        if "init_args" in given and "init_args" not in dumped:  # a plain dataclass
+            given = given["init_args"]
+        return {name: with_texts(value, given.get(name)) for name, value in dumped.items()}
+    if isinstance(dumped, list) and isinstance(given, list | tuple) and len(dumped) == len(given):
+        return [with_texts(value, before) for value, before in zip(dumped, given, strict=True)]
+    return given if isinstance(given, str) else dumped
 
 
 def _keys(content: object) -> set[str]:

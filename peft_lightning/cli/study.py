@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_lightning.atomic import atomic_write
-from peft_lightning.cli.parser import ToolParser
+from peft_lightning.cli.parser import ToolParser, plain_notes
 from peft_lightning.errors import PeftLightningError, UsageError
 
 __all__ = ["run_study_command"]
@@ -36,15 +36,19 @@ def run_study_command(words: list[str]) -> None:
     from peft_lightning.study.grid import read_grid
     from peft_lightning.study.results import majorities
     from peft_lightning.study.runner import run_study
-    from peft_lightning.study.summary import summary
+    from peft_lightning.study.summary import below_majority, summary
     from peft_lightning.study.tables import markdown_table
 
-    records = run_study(read_grid(values), output)
+    with plain_notes():
+        records = run_study(read_grid(values), output)
     failed = [record for record in records if "error" in record]
     if rows := summary(records, majorities(output)):
-        text = markdown_table(rows)
+        low = below_majority(rows)
+        text = "\n\n".join(filter(None, [markdown_table(rows), low]))
         atomic_write(output / "summary.md", lambda file: file.write(f"{text}\n".encode()))
         _show(rows)
+        if low:
+            sys.stdout.write(f"note: {low}\n")
     if failed:
         first = failed[0]
         which = ", ".join(f"{name} {value}" for name, value in first["cell"].items())
@@ -60,7 +64,7 @@ def _parser() -> ToolParser:
         description="Run a grid (method x variant x task x shots x seed x rate x epochs) in one process: the backbone "
         "and the data are loaded once, and cells whose shapes allow it are trained side by side in one batch. What is "
         "finished in the folder is not repeated. The table names the variant that was best on the dev shots, and its "
-        "mean over seeds on the rows that are reported on, with a t interval.",
+        "mean over seeds on the rows that are reported on, with a t interval where there are three seeds or more.",
     )
     parser.add_argument(
         "--config", action="append", required=True, metavar="FILE", help="the grid; of several, later ones come first"

@@ -29,7 +29,7 @@ from peft_lightning.callbacks.progress import ProgressLine
 from peft_lightning.callbacks.report import Report
 from peft_lightning.callbacks.throughput import Throughput
 from peft_lightning.cli.drawing import draw_decisions
-from peft_lightning.cli.recorded import joined, option, refuse_linked, with_recorded_settings
+from peft_lightning.cli.recorded import joined, option, refuse_linked, with_recorded_settings, with_texts
 from peft_lightning.cli.zero_shot import check_zero_shot, require_checkpoint
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
@@ -117,7 +117,8 @@ class TrainerCLI(LightningCLI):
 
     def _effective(self) -> dict[str, Any]:
         parser = self._parser(self.subcommand)
-        config: dict[str, Any] = yaml.safe_load(parser.dump(self.options, skip_unset=False, skip_validation=True))
+        dumped = parser.dump(self.options, skip_unset=False, skip_validation=True)
+        config = with_texts(yaml.safe_load(dumped), self.options.as_dict())
         # What to go on from belongs to one start of the run, not to the run.
         return {
             key: value for key, value in config.items() if key not in ("ckpt_path", "resume", "config", "zero_shot")

@@ -30,8 +30,9 @@ _CALIBRATIONS = ("shots", "pool")
 class FewShotDataModule(TaskDataModule):
     """Read few rows of a task; how they are drawn is in ``data/shots.py``.
 
-    A tag's class is its type of entity, a row of several labels counts for each. Answers that are spans, texts,
-    numbers or places among choices are no classes: their tasks get K rows in all, and :meth:`regime` says so.
+    A tag's class is its type of entity: K sentences for each type. A row of several labels counts for each. Answers
+    that are spans, texts, numbers or places among choices are no classes: their tasks get K rows in all, and
+    :meth:`regime` says so.
 
     A task with a prompt and demonstrations (``sst2+prompt-demo``) takes these from the shots; once the data is set up,
     ``task`` holds them, so that a module made with that task can answer single texts too.
@@ -39,7 +40,8 @@ class FewShotDataModule(TaskDataModule):
     Args:
         task: a name from the table, or the fields of a task.
         shots: number K; there are as many dev shots.
-        shots_mode: per_class (K of each class) or total (K in all, as they come).
+        shots_mode: per_class (K of each class; of tags K sentences for each entity type) or total (K in all, as they
+            come).
         seeds: of the draws that an experiment repeats.
         shot_seed: which of them is in use; the first if null.
         test_rows: reads at most so many rows of the evaluation split, the same for all seeds; all if null.

@@ -151,7 +151,7 @@ def _from_hub(task: Task, split: str) -> Source:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{name}: cannot be loaded: {reason}; allowed without it: --data.root, a folder of files"
+            f"{name}: cannot be loaded: {reason}; allowed without it: data.root, a folder of files"
         ) from error
     return _from_python(name, data)
 
@@ -174,7 +174,7 @@ def _find_file(root: Path, task: Task, split: str, stage: str) -> Path:
     if not paths:
         there = ", ".join(sorted(splits))
         raise DataError(
-            f"{folder}: has no split {split!r} (stage {stage}); there are: {there}; --data.splits.{stage} chooses"
+            f"{folder}: has no split {split!r} (stage {stage}); there are: {there}; data.splits.{stage} chooses one"
         )
     return paths[0]
 

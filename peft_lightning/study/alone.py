@@ -23,7 +23,8 @@ def run_alone(
     *,
     device: torch.device,
     precision: str,
-    epochs: int,
+    epochs: int | None,
+    steps: int | None = None,
     select: str,
     tick: Tick,
 ) -> Outcome:
@@ -34,22 +35,25 @@ def run_alone(
         data: its own.
         device: where.
         precision: 32-true or bf16-mixed.
-        epochs: how many.
+        epochs: how many, or None.
+        steps: of the optimiser, instead.
         select: last or best.
         tick: told of progress.
 
     Raises:
         PeftLightningError: whatever goes wrong.
     """
-    best = BestEpoch(module, epochs)
-    watch = _Watch(module, data, device, precision, select, best, tick, epochs)
-    steps = 0
-    if epochs:
+    loop = LoopTrainer(data, device, precision, epochs, steps)
+    best = BestEpoch(module, loop.max_epochs)
+    watch = _Watch(module, data, device, precision, select, best, tick, loop.max_epochs)
+    taken = 0
+    if loop.max_steps:
         trainer = L.Trainer(
             accelerator="gpu" if device.type == "cuda" else device.type,
             devices=1,
             precision=precision,  # type: ignore[arg-type]
-            max_epochs=epochs,
+            max_epochs=loop.max_epochs,
+            max_steps=-1 if steps is None else steps,
             limit_val_batches=0,
             num_sanity_val_steps=0,
             logger=False,
@@ -59,18 +63,18 @@ def run_alone(
             callbacks=[watch],
         )
         trainer.fit(module, datamodule=data)
-        steps = trainer.global_step
+        taken = trainer.global_step
         module.to(device)  # where a Trainer does not leave it
         best.restore()
     else:
-        prepare(module, LoopTrainer(data, device, precision, epochs))
+        prepare(module, loop)
     dev, test = (watch.scores(stage) for stage in ("validation", "test"))
     tick(1.0)
     return Outcome(
         dev=dev,
         test=test,
         losses=[float(loss) for loss in watch.losses],
-        steps=steps,
+        steps=taken,
         epoch=best.epoch,
         skipped=module.skipped_steps,
         trained_parameters=int(module.summary()["trained_parameters"]),

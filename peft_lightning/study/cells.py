@@ -26,7 +26,8 @@ class Cell:
         shots: K.
         seed: of the data split, the order, and the module.
         lr: rate; None where nothing trains.
-        epochs: how many.
+        epochs: how many; None where steps are given.
+        steps: of the optimiser; None where epochs are given.
         kind: the method's class.
         arguments: of the class, but for task, seed and length.
         regime: how the task is read.
@@ -40,7 +41,8 @@ class Cell:
     shots: int
     seed: int
     lr: float | None
-    epochs: int
+    epochs: int | None
+    steps: int | None
     kind: type[TaskModule]
     arguments: Mapping[str, Any]
     regime: DataRegime
@@ -51,14 +53,16 @@ class Cell:
     def key(self) -> dict[str, Any]:
         """What distinguishes it inside of its grid, plain values."""
         names = ("method", "variant", "task", "shots", "seed", "lr", "epochs")
-        return {name: getattr(self, name) for name in names}
+        steps = {} if self.steps is None else {"steps": self.steps}
+        return {**{name: getattr(self, name) for name in names}, **steps}
 
     @property
     def title(self) -> str:
         """One line for people."""
         rate = "" if self.lr is None else f"  lr {self.lr:g}"
         variant = "" if self.variant == "default" else f" {self.variant}"
-        return f"{self.method}{variant}  {self.task}  {self.shots} shots  seed {self.seed}{rate}  {self.epochs} epochs"
+        length = f"{self.epochs} epochs" if self.steps is None else f"{self.steps} steps"
+        return f"{self.method}{variant}  {self.task}  {self.shots} shots  seed {self.seed}{rate}  {length}"
 
     def module(self) -> TaskModule:
         """A new module, not built yet.
@@ -74,7 +78,7 @@ class Cell:
 
 
 def cells_of(grid: Grid) -> list[Cell]:
-    """All cells of a grid, in its order: tasks, shots, seeds, methods, variants, epochs, rates.
+    """All cells of a grid, in its order: tasks, shots, seeds, methods, variants, epochs or steps, rates.
 
     Where nothing trains there is one cell for all rates.
     """
@@ -87,6 +91,7 @@ def cells_of(grid: Grid) -> list[Cell]:
             seed=seed,
             lr=lr,
             epochs=epochs,
+            steps=steps,
             kind=entry.method,
             arguments=_arguments(entry.method, given, grid.backbone_fields, lr),
             regime=regime,
@@ -97,8 +102,8 @@ def cells_of(grid: Grid) -> list[Cell]:
         for shots, seed in product(regime.shots, grid.seeds)
         for method, entry in grid.method_grids.items()
         for variant, given in entry.arguments(task).items()
-        for epochs in (grid.epochs if entry.epochs is None else entry.epochs)
-        for lr in ((grid.lr if entry.lr is None else entry.lr) if epochs else (None,))
+        for epochs, steps in grid.lengths(entry)
+        for lr in ((grid.lr if entry.lr is None else entry.lr) if epochs != 0 else (None,))
     ]
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from peft_lightning import methods
 from peft_lightning.backbones.build import as_backbone_config
-from peft_lightning.checks import check_choices, check_types
+from peft_lightning.checks import check_choices, check_types, nearest
 from peft_lightning.errors import UsageError
+from peft_lightning.study.options import check_known, check_lengths, check_numbers, mapping
 from peft_lightning.task_module import TaskModule
 from peft_lightning.tasks.table import get_task
 
@@ -28,6 +29,7 @@ _GIVEN = {
     "max_length": "the grid's data",
 }
 _PER_TASK = ("init_args", "variants")
+_EPOCHS = (10,)
 _Concept = TypeVar("_Concept")
 
 
@@ -68,7 +70,7 @@ class DataRegime:
 
     def __post_init__(self) -> None:
         check_types(self, "data")
-        _numbers("data.shots", self.shots, int, 1)
+        check_numbers("data.shots", self.shots, int, 1)
         for name in ("batch_size", "eval_batch_size", "test_rows"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"data.{name} = {value}: must be at least 1")
@@ -84,7 +86,8 @@ class MethodGrid:
         variants: name -> arguments over these, a cell each.
         per_task: task -> ``init_args`` over these, and ``variants`` instead of these.
         lr: rates instead of the grid's.
-        epochs: instead of the grid's.
+        epochs: instead of the grid's epochs or steps.
+        steps: likewise.
         precision: instead of the grid's.
 
     Raises:
@@ -97,13 +100,14 @@ class MethodGrid:
     per_task: dict[str, dict[str, Any]] = field(default_factory=dict)
     lr: list[float] | None = None
     epochs: list[int] | None = None
+    steps: list[int] | None = None
     precision: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "method")
-        _check_ranges(self, "method")
+        check_lengths(self, "method")
         for task, given in self.per_task.items():
-            _known(given, _PER_TASK, f"per_task.{task}")
+            check_known(given, _PER_TASK, f"per_task.{task}")
         for arguments in self._arguments():
             self._check_arguments(arguments)
 
@@ -148,7 +152,8 @@ class MethodGrid:
             if name not in allowed:
                 instead = f"; it follows from {_GIVEN[name]}" if name in _GIVEN else ""
                 raise UsageError(
-                    f"{self.class_path} has no argument {name!r} here; allowed: {', '.join(allowed)}{instead}"
+                    f"{self.class_path} has no argument {name!r} here{nearest(name, allowed)}; allowed: "
+                    f"{', '.join(allowed)}{instead}"
                 )
 
 
@@ -162,7 +167,9 @@ class Grid:
         tasks: names, or name -> what differs from ``data``.
         seeds: of the data splits; each is the module's and the order's as well.
         lr: rates.
-        epochs: 0: what a method is before its first step, with whatever it decides before it.
+        epochs: 0: what a method is before its first step, with whatever it decides before it; ten if neither these nor
+            steps are given.
+        steps: of the optimiser, instead of epochs.
         methods: name -> method.
         side_by_side: cells in one batch at most, where their shapes allow it.
         select: last (weights of the last epoch) or best (of the epoch that was best on the dev shots).
@@ -179,7 +186,8 @@ class Grid:
     data: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [13, 21, 42, 87, 100])
     lr: list[float] = field(default_factory=lambda: [1e-3])
-    epochs: list[int] = field(default_factory=lambda: [10])
+    epochs: list[int] | None = None
+    steps: list[int] | None = None
     side_by_side: int = 8
     select: str = "last"
     precision: str = "32-true"
@@ -188,8 +196,8 @@ class Grid:
     def __post_init__(self) -> None:
         check_types(self, "study")
         check_choices(self, "study", select=("last", "best"), device=("auto", "cpu", "cuda"))
-        _check_ranges(self, "study")
-        _numbers("study.seeds", self.seeds, int, 0)
+        check_lengths(self, "study")
+        check_numbers("study.seeds", self.seeds, int, 0)
         if self.side_by_side < 1:
             raise UsageError(f"study.side_by_side = {self.side_by_side}: must be at least 1")
         as_backbone_config(self.backbone_fields)
@@ -213,10 +221,17 @@ class Grid:
             raise UsageError(f"study.tasks = {self.tasks}: must name each task once")
         found = {}
         for name, given in listed.items():
-            values = {"task": name, **self.data, **_mapping(given or {}, f"tasks.{name}")}
+            values = {"task": name, **self.data, **mapping(given or {}, f"tasks.{name}")}
             found[name] = _concept(DataRegime, values, f"data of {name}")
             get_task(found[name].task or name)
         return found
+
+    def lengths(self, method: MethodGrid) -> list[tuple[int | None, int | None]]:
+        """Epochs and steps of a method's cells; one of the two is None."""
+        given = self if method.epochs is method.steps is None else method
+        if given.steps is not None:
+            return [(None, steps) for steps in given.steps]
+        return [(epochs, None) for epochs in given.epochs or _EPOCHS]
 
     @property
     def method_grids(self) -> dict[str, MethodGrid]:
@@ -243,9 +258,9 @@ def merged_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
 
 
 def _concept(kind: type[_Concept], values: Any, where: str) -> _Concept:
-    given = _mapping(values, where)
+    given = mapping(values, where)
     known = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]
-    _known(given, tuple(known), where)
+    check_known(given, tuple(known), where)
     try:
         return kind(**given)
     except UsageError as error:
@@ -255,36 +270,7 @@ def _concept(kind: type[_Concept], values: Any, where: str) -> _Concept:
         raise UsageError(f"{where}: {error}; allowed beside what is given: {', '.join(lacking)}") from None
 
 
-def _mapping(values: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(values, Mapping):
-        raise UsageError(f"{where} = {values!r:.100}: must be a mapping")
-    return values
-
-
-def _known(given: Any, allowed: Sequence[str], where: str) -> None:
-    if odd := [name for name in _mapping(given, where) if name not in allowed]:
-        raise UsageError(f"{where} has no option {odd[0]!r}; allowed: {', '.join(allowed)}")
-
-
 def _name(task: Any) -> str:
     if not isinstance(task, str):
         raise UsageError(f"study.tasks has {task!r}; allowed: names, or a mapping from names to what differs from data")
     return task
-
-
-def _check_ranges(settings: Any, group: str) -> None:
-    if settings.lr is not None:
-        _numbers(f"{group}.lr", settings.lr, float, 0.0)
-    if settings.epochs is not None:
-        _numbers(f"{group}.epochs", settings.epochs, int, 0)
-    if settings.precision not in (None, "32-true", "bf16-mixed"):
-        raise UsageError(f"{group}.precision = {settings.precision!r}: must be 32-true or bf16-mixed")
-
-
-def _numbers(option: str, values: Sequence[Any], kind: type, least: float) -> None:
-    """A list of different numbers; of floats all above ``least``."""
-    kinds: tuple[type, ...] = (int, float) if kind is float else (int,)
-    good = all(type(value) in kinds and (value > least if kind is float else value >= least) for value in values)
-    if not values or not good or len(set(values)) < len(values):
-        what = "numbers above 0" if kind is float else f"whole numbers, at least {least:.0f}"
-        raise UsageError(f"{option} = {values!r}: must be a list of different {what}")

@@ -1,10 +1,10 @@
 """What a cell of a study is known by, also in a later process.
 
 A cell's digest is over everything that decides its result: the method with all its arguments, the content of the
-files that they name, the backbone's weights and configuration, the rows and the tokenizer, epochs, precision, and this
-package's version. Not over how many cells are trained side by side, where files lie, or what its task and method are
-called in the grid; nor over the commit, which each cell's file names: a changed source tree does not run finished
-cells again.
+files that they name, the backbone's weights and configuration, the rows and the tokenizer, epochs or steps, precision,
+and this package's version. Not over how many cells are trained side by side, where files lie, or what its task and
+method are called in the grid; nor over the commit, which each cell's file names: a changed source tree does not run
+finished cells again.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Identities:
             "settings": self._with_contents(settings, set(_paths(given))),
             "backbone": {**backbone, "weights": self._backbone(module.backbone_config)},
             "data": {**regime, "shots": cell.shots, "seed": cell.seed, **rows},
-            "training": {"epochs": cell.epochs, "precision": cell.precision, "select": cell.select},
+            "training": {**_length(cell), "precision": cell.precision, "select": cell.select},
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
@@ -86,6 +86,10 @@ class Identities:
             found = [fingerprint(backbone)["weights"], shape]
             self._weights[key] = hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()
         return self._weights[key]
+
+
+def _length(cell: Cell) -> dict[str, Any]:
+    return {"epochs": cell.epochs} if cell.steps is None else {"steps": cell.steps}
 
 
 def _paths(value: Any, names_files: bool = False) -> Iterator[str]:

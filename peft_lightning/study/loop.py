@@ -6,6 +6,7 @@ ranks. :class:`LoopTrainer` answers as a Trainer does on one device, in the orde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -29,7 +30,8 @@ class LoopTrainer:
         datamodule: whose trainer it becomes.
         device: where.
         precision: 32-true or bf16-mixed.
-        epochs: how many there will be.
+        epochs: how many there will be, or None.
+        steps: of the optimiser, instead: epochs go on until there are as many, the last one may be cut short.
     """
 
     world_size = accumulate_grad_batches = num_nodes = num_devices = 1
@@ -37,8 +39,18 @@ class LoopTrainer:
     is_global_zero, sanity_checking, gradient_clip_val, logger = True, False, None, None
     limit_train_batches = limit_val_batches = 1.0
 
-    def __init__(self, datamodule: FewShotDataModule, device: torch.device, precision: str, epochs: int) -> None:
-        self.datamodule, self.precision, self.max_epochs = datamodule, precision, epochs
+    def __init__(
+        self,
+        datamodule: FewShotDataModule,
+        device: torch.device,
+        precision: str,
+        epochs: int | None,
+        steps: int | None = None,
+    ) -> None:
+        self.datamodule, self.precision = datamodule, precision
+        batches = len(datamodule.loader("train"))
+        self.max_epochs = math.ceil((steps or 0) / batches) if epochs is None else epochs
+        self.max_steps = self.max_epochs * batches if steps is None else steps
         self.precision_plugin = _plugin(precision, device)
         self.strategy = SingleDeviceStrategy(device, precision_plugin=self.precision_plugin)
         self.state = SimpleNamespace(fn=TrainerFn.FITTING)
@@ -51,7 +63,7 @@ class LoopTrainer:
     @property
     def estimated_stepping_batches(self) -> int:
         """Optimizer steps in all."""
-        return self.max_epochs * len(self.datamodule.train_dataloader())
+        return self.max_steps
 
 
 def prepare(module: TaskModule, trainer: LoopTrainer) -> None:

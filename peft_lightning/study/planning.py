@@ -15,7 +15,7 @@ __all__ = ["plan"]
 
 
 def plan(cells: Sequence[Cell], side_by_side: int, shared: SharedBackbones) -> list[list[Cell]]:
-    """Return groups of cells; those of a group are of one task, one number of shots and epochs, and one shape.
+    """Return groups of cells; those of a group are of one task, number of shots, length of training, and shape.
 
     Cells of one seed come together, since they read the same rows.
 
@@ -32,7 +32,8 @@ def plan(cells: Sequence[Cell], side_by_side: int, shared: SharedBackbones) -> l
         name = (cell.method, cell.variant, cell.task, cell.seed if random else None)
         if name not in shapes:
             shapes[name] = None if side_by_side == 1 else _shape(cell, shared)
-        key = (shapes[name], cell.task, cell.shots, cell.epochs, cell.precision) if shapes[name] else number
+        length = cell.epochs, cell.steps
+        key = (shapes[name], cell.task, cell.shots, length, cell.precision) if shapes[name] else number
         groups.setdefault(key, []).append(cell)
     parts: list[list[Cell]] = []
     for group in groups.values():

@@ -17,7 +17,7 @@ __all__ = ["Progress"]
 class Progress:
     """Rewrites one line on a terminal; prints a line every few seconds elsewhere (a cluster's log file).
 
-    The time left of a cell is what cells of its method took so far, for as many epochs; else what all took.
+    The time left of a cell is what cells of its method took so far, for as many epochs or steps; else what all took.
 
     Args:
         cells: to be run.
@@ -94,4 +94,5 @@ class Progress:
 
 def _keys(cell: Cell) -> tuple[Any, ...]:
     """What the time of a cell is learned for, the nearest first."""
-    return (cell.method, cell.task, cell.shots, cell.epochs), (cell.method, cell.epochs), ()
+    length = cell.epochs, cell.steps
+    return (cell.method, cell.task, cell.shots, *length), (cell.method, *length), ()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -51,6 +51,22 @@ class StudyFolder:
         except (OSError, ValueError):
             return None
         return record if isinstance(record, dict) and _RESULTS <= record.keys() else None
+
+    def replaced(self, digests: Collection[str]) -> str | None:
+        """Return a line on the finished cells of the folder's last grid that are not among ``digests``, if any are."""
+        try:
+            last = [
+                key for digest, key in _about(self.folder, "cells") if digest not in digests and self.finished(digest)
+            ]
+        except DataError:
+            return None
+        if not last:
+            return None
+        names = {name: ", ".join(dict.fromkeys(str(key[name]) for key in last)) for name in ("method", "task")}
+        return (
+            f"output = {self.folder}: holds {len(last)} finished cells that this grid does not have (method "
+            f"{names['method']}; task {names['task']}); their files stay, the summary becomes this grid's"
+        )
 
     @contextmanager
     def alone(self) -> Iterator[None]:

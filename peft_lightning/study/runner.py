@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from peft_lightning.errors import PeftLightningError, UsageError, first_line
 from peft_lightning.study.alone import run_alone
 from peft_lightning.study.block import shape_of
 from peft_lightning.study.cells import Cell, cells_of
+from peft_lightning.study.checking import check_cells
 from peft_lightning.study.evaluation import majority
 from peft_lightning.study.grid import Grid
 from peft_lightning.study.identity import Identities
@@ -30,13 +32,17 @@ from peft_lightning.study.splits import Splits
 from peft_lightning.study.together import Prepared, run_together
 from peft_lightning.task_module import TaskModule
 
-__all__ = ["run_study"]
+__all__ = ["StudyWarning", "run_study"]
 
 Record = dict[str, Any]
 
 
+class StudyWarning(UserWarning):
+    """A study changes what an earlier one left."""
+
+
 def run_study(grid: Grid, output: str | Path) -> list[Record]:
-    """Run what is missing of a grid.
+    """Run what is missing of a grid; warns of finished cells in the folder that are another grid's.
 
     Args:
         grid: what is wanted.
@@ -47,7 +53,8 @@ def run_study(grid: Grid, output: str | Path) -> list[Record]:
 
     Raises:
         UsageError: something is wrong with the grid as a whole, or there is no such device.
-        DataError: a task's rows cannot be read, or the folder cannot be written.
+        DataError: rows of a task cannot be read or are too few, adapters that a method starts from are missing or
+            another backbone's, or the folder cannot be written; before the first cell.
         PeftLightningError: something changed the shared backbone.
     """
     device, folder, cells = _device(grid.device), StudyFolder(output), cells_of(grid)
@@ -58,7 +65,10 @@ def run_study(grid: Grid, output: str | Path) -> list[Record]:
         stack.enter_context(folder.alone())
         found = {digest: record for digest in dict.fromkeys(digests) if (record := folder.finished(digest))}
         missing = {digest: cell for digest, cell in zip(digests, cells, strict=True) if digest not in found}
+        check_cells(list(missing.values()), splits)
         keys = [cell.key for cell in cells]
+        if note := folder.replaced(digests):
+            warnings.warn(note, StudyWarning, stacklevel=2)
         about = {"grid": asdict(grid), "cells": list(zip(digests, keys, strict=True)), "environment": environment()}
         write_json(folder.folder / "study.json", {**about, "majority": {}})
         work = _Work(splits, shared, device)
@@ -112,6 +122,7 @@ class _Work:
             device=self.device,
             precision=cell.precision,
             epochs=cell.epochs,
+            steps=cell.steps,
             select=cell.select,
             tick=tick,
         )
@@ -151,7 +162,7 @@ class _Work:
     def _prepared(self, cell: Cell, count: int) -> tuple[Prepared, Any]:
         """A cell at its first step, and what those of its block must have in common."""
         module, data = self._built(cell, count)
-        trainer = LoopTrainer(data, self.device, cell.precision, cell.epochs)
+        trainer = LoopTrainer(data, self.device, cell.precision, cell.epochs, cell.steps)
         prepare(module, trainer)
         alike = tuple(len(data.loader(stage)) for stage in ("train", "validation")), shape_of(module, self.shared)
         return Prepared(module=module, data=data, trainer=trainer), alike

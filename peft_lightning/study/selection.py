@@ -12,15 +12,15 @@ from peft_lightning.study.outcome import better
 __all__ = ["choose"]
 
 _RUN = ("method", "task", "shots", "seed")
-_VARIED = ("variant", "lr", "epochs")
+_VARIED = ("variant", "lr", "epochs", "steps")
 
 
 def choose(cells: Sequence[Mapping[str, Any]], per: Sequence[str] = _RUN) -> list[Mapping[str, Any]]:
     """Return the cells of the variant that is best in each group.
 
-    A variant is what differs in ``variant``, ``lr`` or ``epochs``. The best one has the highest mean of the task's
-    first metric on the dev shots; of equal ones, that with the lower mean loss there, then the first. One that lacks
-    cells which others of its group have (those that failed) is chosen only if all do.
+    A variant is what differs in ``variant``, ``lr``, ``epochs`` or ``steps``. The best one has the highest mean of the
+    task's first metric on the dev shots; of equal ones, that with the lower mean loss there, then the first. One that
+    lacks cells which others of its group have (those that failed) is chosen only if all do.
 
     Args:
         cells: records of a study; those with an ``error`` are passed over.
@@ -43,7 +43,7 @@ def choose(cells: Sequence[Mapping[str, Any]], per: Sequence[str] = _RUN) -> lis
         if "error" not in cell:
             names = cell["cell"]
             variants = groups.setdefault(tuple(names[name] for name in per), {})
-            variants.setdefault(tuple(names[name] for name in _VARIED), []).append(cell)
+            variants.setdefault(tuple(names.get(name) for name in _VARIED), []).append(cell)
     return [cell for variants in groups.values() for cell in _best(list(variants.values()))]
 
 

@@ -9,7 +9,9 @@ from typing import Any
 from peft_lightning.study.selection import choose
 from peft_lightning.study.statistics import mean_interval
 
-__all__ = ["summary"]
+__all__ = ["below_majority", "summary"]
+
+_SEEDS = 3  # an interval of fewer says nothing
 
 
 def summary(
@@ -17,7 +19,8 @@ def summary(
 ) -> list[dict[str, str]]:
     """Return a row for every task, number of shots and method; cells that failed are counted only.
 
-    Each run's variant is the best on its own dev shots; the column names the one that was chosen most often.
+    Each run's variant is the best on its own dev shots; the column names the one that was chosen most often. Fewer than
+    three seeds have no interval.
 
     Args:
         records: of all cells.
@@ -39,6 +42,22 @@ def summary(
     ]
 
 
+def below_majority(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return a line on the methods whose mean is below the majority class, or nothing where none is.
+
+    Args:
+        rows: of :func:`summary`.
+    """
+    low = [
+        f"{row['method']} on {row['task']}, {row['shots']} shots"
+        for row in rows
+        if row["test mean"]
+        and row["majority class"] != "n/a"
+        and float(row["test mean"].split()[0]) < float(row["majority class"])
+    ]
+    return f"below the majority class: {'; '.join(low)}" if low else ""
+
+
 def _row(record: Mapping[str, Any]) -> tuple[Any, ...]:
     cell = record["cell"]
     return cell["task"], cell["shots"], cell["method"]
@@ -53,11 +72,13 @@ def _scores(chosen: Sequence[Mapping[str, Any]], majority: Mapping[str, float]) 
     variants = Counter(_variant(record["cell"]) for record in chosen)
     share = f"{100 * majority[metric]:.1f}" if metric in majority else "n/a"
     trained = f"{chosen[0]['trained_parameters']:,}"
-    values = (metric, interval.format(1), str(interval.count), share, variants.most_common(1)[0][0], trained)
+    mean = interval.format(1) if interval.count >= _SEEDS else f"{interval.mean:.1f}"
+    values = (metric, mean, str(interval.count), share, variants.most_common(1)[0][0], trained)
     return dict(zip(names, values, strict=True))
 
 
 def _variant(cell: Mapping[str, Any]) -> str:
     parts = [cell["variant"]] if cell["variant"] != "default" else []
     parts += [f"lr {cell['lr']:g}"] if cell["lr"] is not None else []
-    return ", ".join([*parts, f"{cell['epochs']} epochs"])
+    length = f"{cell['steps']} steps" if "steps" in cell else f"{cell['epochs']} epochs"
+    return ", ".join([*parts, length])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -128,9 +129,11 @@ def _part_of(tick: Tick, number: int, parts: int, share: float) -> None:
 
 def _epoch(cells: Sequence[_Cell], block: Block, context: _Context) -> None:
     first = cells[0].trainer
+    left = first.max_steps - first.current_epoch * len(first.datamodule.loader("train"))
     seeds = [cell.module.seed for cell in cells]
     data = [cell.prepared.data for cell in cells]
-    for number, batches in enumerate(joint_batches(data, "train", first.strategy.root_device)):
+    batches_of_all = joint_batches(data, "train", first.strategy.root_device)
+    for number, batches in enumerate(islice(batches_of_all, left)):
         torch.manual_seed(step_seed(*seeds, first.current_epoch, number))
         with context():
             losses = [

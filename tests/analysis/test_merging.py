@@ -55,6 +55,22 @@ def test_a_panel_a_figure_and_a_line_a_place(drawn: list[Figure]) -> None:
     assert all(axes.get_ylim()[0] <= 0 for axes in figure.axes)
 
 
+def test_the_legend_is_beside_the_panels_and_the_title_names_all_adapters(drawn: list[Figure]) -> None:
+    names = [f"adapter_{number}_of_a_long_name" for number in range(8)]
+    draw_merge({**report(HOULSBY), "sources": [*"abc", *names]}, "unused.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    panels = [axes.get_window_extent() for axes in figure.axes]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["attention.output", "output"]
+    assert all(axes.get_legend() is None for axes in figure.axes)
+    assert legend.get_window_extent().x0 > max(panel.x1 for panel in panels)
+    title: Any = figure._suptitle  # type: ignore[attr-defined]
+    assert all(name in title.get_text() for name in names)
+    box, whole = title.get_window_extent(), figure.bbox
+    assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and box.y0 > max(panel.y1 for panel in panels)
+
+
 def test_both_sides_of_an_encoder_decoder_and_single_places(drawn: list[Figure]) -> None:
     sites = {path: {"norm_ratio": 1.0} for path in ("encoder.layers.0.fc2", "decoder.layers.0.fc2", "decoder.layers.0")}
     draw_merge(report(sites), "unused.png")

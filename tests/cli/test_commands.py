@@ -141,6 +141,23 @@ def printed_by(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+def test_help_of_the_tools_loads_no_framework() -> None:
+    """It would take seconds."""
+    tools = ("export", "import", "merge", "probe", "study", "importance")
+    code = f"""
+import sys
+from peft_lightning.cli.main import main
+for tool in {tools!r}:
+    try:
+        main([tool, "--help"])
+    except SystemExit as end:
+        assert not end.code
+assert not {{"torch", "lightning", "transformers"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("usage: ") == len(tools), done.stderr
+
+
 def test_help_and_print_config_for_every_class(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fit" in printed_by(["--help"], capsys)
     assert "peft-lightning 0" in printed_by(["--version"], capsys)

@@ -36,10 +36,11 @@ def test_it_runs_writes_a_table_and_goes_on(grid: Path, tmp_path: Path, capsys: 
     main(words)
     said = capsys.readouterr()
     text = (tmp_path / "out" / "summary.md").read_text()
-    (header, _, row) = text.splitlines()
+    (header, _, row, *rest) = text.splitlines()
     assert header.startswith("| task | shots | method | metric | test mean | seeds | majority class | chosen on dev |")
-    assert row.startswith("| toy_sentiment | 10 | adapter | accuracy | ") and "±" in row
-    assert "adapter" in said.out and "majority class" in said.out and "±" in said.out
+    assert row.startswith("| toy_sentiment | 10 | adapter | accuracy | ") and "±" not in row
+    assert "adapter" in said.out and "majority class" in said.out
+    assert ("note: below the majority class: adapter on toy_sentiment, 10 shots\n" in said.out) == (len(rest) == 2)
     assert "cell 4/4" in said.err
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
     assert len(files) == 4 and {json.loads(path.read_text())["side_by_side"] for path in files} == {4}
@@ -62,14 +63,15 @@ def test_later_files_and_flags_come_first(grid: Path, tmp_path: Path) -> None:
 def test_failed_cells_end_in_one_line_and_status_1(
     grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = written(tmp_path / "more.yaml", {"data": {"shots": [10, 5000]}})
+    bad = {**SPARSE, "init_args": {"prune": {"score": "given", "sparsity": 0.5}}}
+    more = written(tmp_path / "more.yaml", {"methods": {"bad": bad}})
     words = ["study", "--config", str(grid), "--config", str(more), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as caught:
         main(words)
     line = capsys.readouterr().err.splitlines()[-1]
     assert caught.value.code == 1 and line.startswith("peft-lightning: error: ")
     assert "4 of 8 cells failed, and are tried again by the same command" in line
-    assert "shots 5000" in line and "wanted: 5000" in line
+    assert "method bad" in line and "masks that come with a file" in line
     assert len((tmp_path / "out" / "summary.md").read_text().splitlines()) == 4
 
 

@@ -279,7 +279,10 @@ def test_wrong_options(family: list[Path], backbone: str, tmp_path: Path) -> Non
     cases: list[tuple[dict[str, Any], str]] = [
         ({"format": "onnx"}, "format = 'onnx': must be one of adapterhub, peft, peft_lightning"),
         ({"format": "peft"}, "format = 'peft': is for LoRA, and the adapters are of kind houlsby"),
-        ({"merge": {"preset": "avg", "wights": [1]}}, "unexpected keyword argument 'wights'"),
+        (
+            {"merge": {"preset": "avg", "wights": [1]}},
+            r"no option 'wights' \(did you mean 'weights'",
+        ),
         ({"merge": {"preset": "cat"}}, "merge.preset = 'cat': is for LoRA"),
         ({"merge": {"preset": "avg", "weights": [1.0]}}, "must be 3, one for each adapter"),
     ]

@@ -32,6 +32,19 @@ def test_every_combination_is_a_cell_once() -> None:
     assert {cell.arguments["adapter"]["bottleneck"] for cell in found if cell.variant == "wide"} == {16}
 
 
+def test_steps_take_the_place_of_epochs() -> None:
+    zero, long = {**SPARSE, "epochs": [0]}, {**SPARSE, "steps": [7, 9]}
+    found = cells({"m": SPARSE, "zero": zero, "long": long}, epochs=None, steps=[5], lr=[1e-3, 5e-3], seeds=[1])
+    assert [(c.method, c.epochs, c.steps, c.lr) for c in found] == [
+        ("m", None, 5, 1e-3), ("m", None, 5, 5e-3), ("zero", 0, None, None),
+        ("long", None, 7, 1e-3), ("long", None, 7, 5e-3), ("long", None, 9, 1e-3), ("long", None, 9, 5e-3),
+    ]  # fmt: skip
+    assert found[0].key["steps"] == 5 and "steps" not in found[2].key
+    assert found[0].title.endswith("lr 0.001  5 steps")
+    (plain,) = cells({"m": SPARSE}, epochs=None, lr=[1e-3], seeds=[1])
+    assert (plain.epochs, plain.steps) == (10, None)
+
+
 def test_arguments_go_over_the_method_s_own_defaults() -> None:
     prune = {"class_path": "PruneLoRAModule", "init_args": {"optim": {"weight_decay": 0.5}}}
     (cell,) = cells({"p": prune}, seeds=[7], lr=[0.25])
@@ -82,7 +95,7 @@ def test_a_task_may_be_spelt_out() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sedes": [1]}, r"study has no option 'sedes'; allowed: backbone, "),
+        ({"sedes": [1]}, r"study has no option 'sedes' \(did you mean 'seeds'\?\); allowed: backbone, "),
         ({"seeds": [1, 1]}, r"study.seeds = \[1, 1\]: must be a list of different whole numbers, at least 0"),
         ({"seeds": [-1]}, r"study.seeds = \[-1\]"),
         ({"seeds": []}, r"study.seeds = \[\]"),
@@ -90,6 +103,9 @@ def test_a_task_may_be_spelt_out() -> None:
         ({"lr": [0]}, r"study.lr = \[0\]: must be a list of different numbers above 0"),
         ({"lr": [float("inf"), "x"]}, r"study.lr = .*'x'"),
         ({"epochs": [1.5]}, r"study.epochs = \[1.5\]: must be a list of different whole numbers"),
+        ({"epochs": [], "lr": [1e-3]}, r"study.epochs = \[\]: must be a list"),
+        ({"epochs": None, "steps": [0]}, r"study.steps = \[0\]: must be a list of different whole numbers, at least 1"),
+        ({"steps": [5]}, r"study.epochs = \[10\], study.steps = \[5\]: give one of them"),
         ({"side_by_side": 0}, r"study.side_by_side = 0: must be at least 1"),
         ({"select": "first"}, r"study.select = 'first': must be one of last, best"),
         ({"precision": "16"}, r"study.precision = '16': must be 32-true or bf16-mixed"),
@@ -99,14 +115,15 @@ def test_a_task_may_be_spelt_out() -> None:
         ({"tasks": [3]}, r"study.tasks has 3"),
         ({"tasks": ["nothing"]}, r"task is 'nothing'; allowed: "),
         ({"tasks": {"sst2": 3}}, r"tasks.sst2 = 3: must be a mapping"),
-        ({"tasks": {"sst2": {"shot": [3]}}}, r"data of sst2 has no option 'shot'; allowed: task, root"),
+        ({"tasks": {"sst2": {"shot": [3]}}}, r"data of sst2 has no option 'shot' \(did.*\); allowed: task, root"),
         ({"data": {"shots": [0]}}, r"data.shots = \[0\]: must be a list of different whole numbers, at least 1"),
         ({"data": {"batch_size": 0}}, r"data.batch_size = 0: must be at least 1"),
         ({"methods": {"m": {"class_path": "Nothing"}}}, r"methods.m: class_path = 'Nothing': must be FineTuneModule, "),
         ({"methods": {"m": {"class_path": "SCTDPretrainModule"}}}, r"must be a method for a labelled task"),
-        ({"methods": {"m": {"class": "x"}}}, r"methods.m has no option 'class'; allowed: class_path, "),
+        ({"methods": {"m": {"class": "x"}}}, r"methods.m has no option 'class' \(.*\); allowed: class_path, "),
         ({"methods": {"n": {}}}, r"methods.n: .*class_path"),
-        ({"methods": {"m": {"init_args": {"adaptor": 1}}}}, r"SparseAdapterModule has no argument 'adaptor' here; "),
+        ({"methods": {"m": {"init_args": {"adaptor": 1}}}}, r"SparseAdapterModule has no argument 'adaptor' here \("),
+        ({"methods": {"m": {"variants": {"x": {"optm": {"lr": 1.0}}}}}}, r"no argument 'optm' .*mean 'optim'.*; allow"),
         ({"methods": {"m": {"init_args": {"seed": 1}}}}, r"no argument 'seed' .*it follows from the grid's seeds"),
         ({"methods": {"m": {"variants": {"x": 3}}}}, r"arguments of SparseAdapterModule = 3: must be a mapping"),
         ({"methods": {"m": {"per_task": {"mrpc": {}}}}}, r"methods.m.per_task has 'mrpc'; allowed: toy_sentiment"),
@@ -138,3 +155,6 @@ def test_a_wrong_value_of_a_method_names_method_and_variant() -> None:
     with pytest.raises(UsageError, match=r"methods.m \(bad\): adapter.kind = 'none'"):
         cell.module()
     assert cell.kind is SparseAdapterModule
+    (cell,) = cells({"m": {**SPARSE, "init_args": {"optim": {"weight_dekay": 0.1}}}}, seeds=[1])
+    with pytest.raises(UsageError, match=r"methods.m .*no option 'weight_dekay' \(did .*'weight_decay'\?\); allow"):
+        cell.module()

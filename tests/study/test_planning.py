@@ -46,7 +46,9 @@ def test_groups_are_alike_balanced_and_of_few_seeds(backbone: str) -> None:
     assert sum(len(group) == 1 for group in found) == 2 * 3 * 2
 
 
-@pytest.mark.parametrize("changes", [{"epochs": [1, 2]}, {"data": {"shots": [10, 20]}}])
+@pytest.mark.parametrize(
+    "changes", [{"epochs": [1, 2]}, {"epochs": None, "steps": [1, 2]}, {"data": {"shots": [10, 20]}}]
+)
 def test_other_numbers_of_steps_are_other_groups(backbone: str, changes: dict[str, Any]) -> None:
     assert [len(group) for group in groups({"a": SPARSE}, backbone, 8, **changes)] == [2, 2]
 

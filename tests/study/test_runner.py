@@ -19,7 +19,7 @@ from peft_lightning.errors import DataError, UsageError
 from peft_lightning.study import runner
 from peft_lightning.study.grid import merged_settings, read_grid
 from peft_lightning.study.results import StudyFolder, majorities, read_study
-from peft_lightning.study.runner import run_study
+from peft_lightning.study.runner import StudyWarning, run_study
 from peft_lightning.study.together import run_together
 from tests.study.helpers import FULL, SPARSE, folder, grid_of
 from tests.toy import toy_sources, trainer
@@ -72,6 +72,25 @@ def test_side_by_side_equals_one_by_one_and_the_backbone_stays(
         "untrained": 2,
     }
     assert {c["cell"]["method"]: c["steps"] for c in many} == {"dense": 30, "pruned": 30, "full": 30, "untrained": 0}
+
+
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_steps_end_inside_an_epoch_alone_and_side_by_side(backbone: str, tmp_path: Path, select: str) -> None:
+    """Three batches an epoch: seven steps end after the first of the third one, six with the second one."""
+    dull = {**SPARSE, "init_args": {**SPARSE["init_args"], "optim": {"warmup": 0.1}}}
+    grid = grid_of(backbone, {"m": dull}, epochs=None, steps=[6, 7], select=select)
+    many, one = run(grid, tmp_path / "many"), run({**grid, "side_by_side": 1}, tmp_path / "one")
+    assert [(r["steps"], len(r["losses"]), r["cell"]["steps"]) for r in many] == 2 * [(6, 6, 6), (7, 7, 7)]
+    assert {record["side_by_side"] for record in many} == {2}
+    for left, right in zip(many, one, strict=True):
+        assert (left["steps"], left["epoch"]) == (right["steps"], right["epoch"])
+        assert_close(left["losses"], right["losses"], rtol=0, atol=1e-5)
+        assert left["test"]["loss"] == pytest.approx(right["test"]["loss"], abs=1e-5)
+    epochs = run({**grid, "steps": None, "epochs": [2]}, tmp_path / "epochs")
+    for left, right in zip(epochs, many[::2], strict=True):
+        assert_close(left["losses"], right["losses"], rtol=0, atol=1e-5)
+    run(grid, tmp_path / "epochs")
+    assert len(list((tmp_path / "epochs" / "cells").iterdir())) == 2 + 4
 
 
 def test_a_record_is_complete_and_in_the_file(backbone: str, tmp_path: Path) -> None:
@@ -257,14 +276,12 @@ def test_a_merged_adapter_and_the_content_of_its_sources(tmp_path: Path) -> None
 
 
 def test_failures_are_recorded_tried_again_and_stop_nothing(backbone: str, tmp_path: Path) -> None:
-    data = {"shots": [10, 2000]}
     bad = merged_settings(SPARSE, {"init_args": {"prune": {"score": "given", "sparsity": 0.5}}})
-    grid = grid_of(backbone, {"good": SPARSE, "bad": bad}, data=data, epochs=[1])
+    grid = grid_of(backbone, {"good": SPARSE, "bad": bad}, epochs=[1])
     records = run(grid, tmp_path)
-    errors = {(r["cell"]["method"], r["cell"]["shots"]): r.get("error", "") for r in records}
-    assert errors["good", 10] == ""
-    assert "masks that come with a file" in errors["bad", 10]
-    assert "different rows for the shots; wanted: 2000" in errors["good", 2000]
+    errors = {r["cell"]["method"]: r.get("error", "") for r in records}
+    assert errors["good"] == ""
+    assert "masks that come with a file" in errors["bad"]
     assert len(read_study(tmp_path)) == 2
     (path,) = {
         p for p in (tmp_path / "cells").iterdir() if "masks that" in p.read_text() and '"seed": 13' in p.read_text()
@@ -272,6 +289,46 @@ def test_failures_are_recorded_tried_again_and_stop_nothing(backbone: str, tmp_p
     before = path.stat().st_mtime_ns
     run(grid, tmp_path)
     assert path.stat().st_mtime_ns > before
+
+
+def test_rows_and_sources_are_looked_at_before_the_first_cell(backbone: str, tmp_path: Path) -> None:
+    (tmp_path / "data" / "mrpc").mkdir(parents=True)
+    row = json.dumps({"sentence1": "the cat", "sentence2": "the dog", "label": 0})
+    for split in ("train", "dev"):
+        (tmp_path / "data" / "mrpc" / f"{split}.jsonl").write_text(f"{row}\n")
+    merged = {"class_path": "MerAModule", "init_args": {"sources": [str(tmp_path / "missing")]}}
+    write_source(str(tmp_path / "other"), folder(tmp_path / "wide", hidden_size=48), seed=1)
+    wide = {**merged, "init_args": {"sources": [str(tmp_path / "other")]}}
+    methods = {"a": SPARSE, "m": merged, "w": wide}
+    with pytest.raises(DataError, match="nothing is run before this is mended: ") as caught:
+        run(grid_of(backbone, methods, data={"shots": [10, 2000]}), tmp_path / "out")
+    problems = str(caught.value).split(": ", 1)[1].split("; method ")
+    assert problems[0].startswith("task toy_sentiment, 2000 shots: toy_sentiment/train: class ")
+    assert problems[0].endswith("wanted: 2000") and problems[0].count("wanted") == 1
+    assert problems[1].startswith("m (default), task toy_sentiment: ") and "missing" in problems[1]
+    assert problems[2].startswith("w (default), task toy_sentiment: ") and "hidden_size" in problems[2]
+    assert "10 shots" not in str(caught.value) and not (tmp_path / "out" / "study.json").exists()
+    mine = {"mrpc": {"root": str(tmp_path / "data")}}
+    with pytest.raises(DataError, match=r"has no split 'validation' .* dev, train; data.splits.test chooses one"):
+        run({**grid_of(backbone, {"a": SPARSE}), "tasks": mine}, tmp_path / "out")
+    mine["mrpc"]["splits"] = {"test": "dev"}  # type: ignore[assignment]
+    with pytest.raises(DataError, match=r"task mrpc, 10 shots: .*class 'equivalent' has 0 different rows"):
+        run({**grid_of(backbone, {"a": SPARSE}), "tasks": mine}, tmp_path / "out")
+
+
+def test_another_grid_s_cells_are_not_replaced_without_a_word(
+    backbone: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    grid = grid_of(backbone, {"a": SPARSE, "b": PRUNED}, seeds=[3], epochs=[0])
+    other = {**grid, "methods": {"c": {**FULL, "epochs": [0]}}}
+    for again in (grid, grid, {**grid, "seeds": [3, 4]}):  # made, gone on with, extended
+        run(again, tmp_path)
+    assert not [one for one in recwarn if one.category is StudyWarning]
+    with pytest.warns(
+        StudyWarning, match=rf"output = {tmp_path}: holds 4 finished .*method a, b; task toy_sentiment\)"
+    ):
+        run(other, tmp_path)
+    assert len(list((tmp_path / "cells").iterdir())) == 5
 
 
 def test_what_is_too_much_for_one_batch_is_halved(

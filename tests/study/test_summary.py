@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft_lightning.study.statistics import mean_interval
-from peft_lightning.study.summary import summary
+from peft_lightning.study.summary import below_majority, summary
 
 
 def record(seed: int, lr: float | None, dev: float, test: float, **names: Any) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def test_a_row_a_method_with_interval_and_majority() -> None:
         "shots": "10",
         "method": "m",
         "metric": "f1",
-        "test mean": mean_interval([70.0, 80.0]).format(1),
+        "test mean": "75.0",
         "seeds": "2",
         "majority class": "62.5",
         "chosen on dev": "lr 0.2, 5 epochs",
@@ -40,6 +40,19 @@ def test_a_row_a_method_with_interval_and_majority() -> None:
     assert (zero["test mean"], zero["seeds"], zero["failed cells"]) == ("50.0", "1", "1")
     assert zero["chosen on dev"] == "0 epochs"
     assert (failed["shots"], failed["test mean"], failed["failed cells"]) == ("20", "", "1")
+
+
+def test_three_seeds_have_an_interval_and_what_is_below_the_majority_class_is_named() -> None:
+    scores = {"low": [0.5, 0.6, 0.4], "high": [0.6, 0.8, 0.7]}
+    records = [
+        record(seed, 0.1, 0.5, test, method=method)
+        for method, tests in scores.items()
+        for seed, test in enumerate(tests)
+    ]
+    low, high = summary(records, {"t": {"f1": 0.625}})
+    assert low["test mean"] == mean_interval([50.0, 60.0, 40.0]).format(1) and "±" in high["test mean"]
+    assert below_majority([low, high]) == "below the majority class: low on t, 10 shots"
+    assert below_majority([high]) == below_majority(summary(records, {})) == ""
 
 
 def test_without_a_majority_class_it_says_so() -> None:
