@@ -25,7 +25,7 @@ _EPILOG = """presets:
 
 stages for --set, each with what there is besides the preset's:
   align=none|weights|activations   features=down|all   metric=euclidean|squared|inner   balance=true|false
-  solver=assignment|emd|sinkhorn   marginals=uniform|importance   regularisation=0.01   reference=first|medoid|NAME
+  solver=assignment|emd|sinkhorn   marginals=uniform|importance   regularisation=0.01   reference=first|medoid|0|NAME
   combine=sum|average|ties|regmean|select   density=0.2   shrink=0.9   choice=energy|gain   width=48
   repair=none|refit   ridge=0.001   masks=union|budget   budget=10000          LoRA: density=0.2   seed=0
 
@@ -145,12 +145,12 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plain(word: str) -> Any:
-    """A number, true, false or null where the word is one, else the word."""
+    """A number, true, false, null or quoted text where the word is one, else the word."""
     try:
         value = json.loads(word)
     except ValueError:
         return word
-    return value if isinstance(value, int | float | None) else word
+    return value if isinstance(value, int | float | str | None) else word
 
 
 def _data(given: argparse.Namespace) -> Any:

@@ -132,6 +132,7 @@ REFUSED: dict[str, tuple[list[str], int, str]] = {
     "stage": (["--preset", "wts", "--set", "solver"], 2, "set = 'solver': must be a stage and its value"),
     "twice": (["--set", "ridge=1", "ridge=2"], 2, "set = 'ridge=2': must be a stage and its value, each stage once"),
     "unknown stage": (["--set", "best=1"], 2, "merge.recipe.best: preset acts+ has balance"),
+    "quoted": (["--preset", "wts", "--set", 'reference="0"'], 2, "merge.recipe.reference = '0': must be first, medoid"),
     "value": (["--set", "ridge=high"], 2, "merge.ridge = 'high': must be of type float, and finite"),
     "scale": (["--preset", "avg", "--scale", "median"], 2, "merge.scale = 'median': must be mean, sum or a number"),
     "rank": (["--rank", "3"], 2, "merge.recipe.rank: preset acts+ has"),
