@@ -94,6 +94,7 @@ class Plan:
         test_rows: the same for all.
         backbone: minilm or sctd.
         baseline: method of the arms that the others of their mode are compared with.
+        rates_of: name of the plan that chooses the rates for this one too; None: it does so itself.
     """
 
     arms: tuple[Arm, ...]
@@ -107,6 +108,7 @@ class Plan:
     test_rows: int = 500
     backbone: str = "minilm"
     baseline: str = "adapter"
+    rates_of: str | None = None
 
     def __post_init__(self) -> None:
         if both := sorted(set(self.seeds) & set(self.held)):
@@ -125,6 +127,11 @@ class Plan:
     def run(self) -> tuple[Arm, ...]:
         """The arms that are run."""
         return tuple(arm for arm in self.arms if not arm.choices)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Of the arms that are run: each has one learning rate."""
+        return tuple(dict.fromkeys(arm.family for arm in self.run))
 
     @property
     def modes(self) -> dict[str, tuple[Arm, ...]]:
@@ -247,6 +254,7 @@ _TABLE3 = Plan(
         *(_merged(f"home/{preset}", f"+own track, {title}", preset=preset, track="home") for preset, title in _HOMELY),
     ),
     settings=(("mrpc", 10), ("mrpc", 20), ("mnli", 10), ("mnli", 20), ("sst2", 10)),
+    rates_of="1",
 )
 
 

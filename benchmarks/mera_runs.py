@@ -11,12 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.mera_arms import Arm, Plan
+from benchmarks.mera_arms import PLANS, Arm, Plan
 from benchmarks.mera_backbone import PRETRAINED, model_of
 from benchmarks.mera_cells import Cell, Results
 from benchmarks.mera_choice import choose_rates, table_cells
 from benchmarks.mera_grids import grid
 from benchmarks.mera_sources import SOURCES, train_missing
+from peft_lightning.errors import UsageError
 from peft_lightning.study.grid import read_grid
 from peft_lightning.study.records import RunRecord
 from peft_lightning.study.runner import run_study
@@ -49,13 +50,15 @@ def run_plan(
         tiny: toy data and backbone.
     """
     model = model_of(plan.backbone, scratch, environment, say, given=given, tiny=tiny)
-    sources = train_missing(plan.sources(), scratch / "sources", model, environment, say, tiny)
+    chooser = _chooser(plan, tiny)
+    needed = dict.fromkeys([*plan.sources(), *chooser.sources()])
+    sources = train_missing(needed, scratch / "sources", model, environment, say, tiny)
     few_words = given is None and plan.backbone == PRETRAINED
     folders = {source: folder for source, (folder, _) in sources.items()}
     common: dict[str, Any] = {"folders": folders, "model": model, "few_words": few_words, "tiny": tiny}
     home = scratch / f"table-{name}"
-    held = _held(plan, home, common)
-    rates = choose_rates(plan, held)
+    held = _held(chooser, scratch / f"table-{plan.rates_of or name}", common)
+    rates = {family: rate for family, rate in choose_rates(chooser, held).items() if family in plan.families}
     say.print(f"chosen on held splits: {rates}")
     found: _Cells = []
     for mode, arms in plan.modes.items():
@@ -76,6 +79,7 @@ def run_plan(
         say.print(f"{len(failed)} cells failed; the first: {failed[0]}")
     # the single adapter has a cell for each source: the dev shots of a split choose
     cells, truths = table_cells(choose(found))
+    held = [] if plan.rates_of else held  # they are counted where they were run
     seconds = sum(cell["seconds"] for cell in [*held, *found])
     facts = {
         "rates": rates,
@@ -84,10 +88,20 @@ def run_plan(
         "held_minutes": round(sum(cell["seconds"] for cell in held) / 60, 1),
         "held_cells": len(held),
         "failed": failed,
-        "sources": {source: _facts(source, record) for source, (_, record) in sources.items()},
+        "sources": {source: _facts(source, sources[source][1]) for source in plan.sources()},
         "backbone": {"name": Path(model.name).name if model.name else "toy", "dtype": model.dtype},
     }
     return Results(table=name, environment=environment, facts=facts, truths=truths, cells=cells)
+
+
+def _chooser(plan: Plan, tiny: bool) -> Plan:
+    """The plan whose held splits choose the rates."""
+    if plan.rates_of is None:
+        return plan
+    chooser = PLANS[plan.rates_of].tiny() if tiny else PLANS[plan.rates_of]
+    if missing := [family for family in plan.families if family not in chooser.families]:
+        raise UsageError(f"rates_of = {plan.rates_of!r}: has no arm of {missing[0]}")
+    return chooser
 
 
 def _held(plan: Plan, home: Path, common: Mapping[str, Any]) -> _Cells:

@@ -163,7 +163,8 @@ def _context(results: Results, plan: Plan) -> str:
     return (
         f"Accuracy in hundredths, the mean over {len(plan.seeds)} data splits and its 95 % interval from resampling "
         f"splits and test rows. Test rows: {sizes}, the same for all. Learning rates are chosen on "
-        f"{len(plan.held)} other splits, the single source on each split's dev shots. "
+        f"{len(plan.held)} other splits{f' (those of table {plan.rates_of})' if plan.rates_of else ''}, the single "
+        "source on each split's dev shots. "
         f"{results.facts.get('minutes', 0):.0f} minutes without the sources. "
         f"{f'**{len(failed)} cells failed**, the first: {failed[0]}. ' if failed else ''}"
         f"{device['name']}, {device['threads']} threads; torch {versions['torch']}, transformers "
