@@ -29,6 +29,7 @@ def check_cells(cells: Sequence[Cell], splits: Splits) -> None:
     draws = {(cell.task, cell.shots, cell.seed): cell for cell in cells}
     methods = {(cell.method, cell.variant, cell.task): cell for cell in cells}
     backbones: dict[str, tuple[nn.Module, dict[str, Any] | None]] = {}
+    seen: set[tuple[str, str]] = set()
     wrong: dict[str, None] = {}
     for (task, shots, _), cell in draws.items():
         try:
@@ -37,18 +38,23 @@ def check_cells(cells: Sequence[Cell], splits: Splits) -> None:
             wrong[f"task {task}, {shots} shots: {error}"] = None
     for (method, variant, task), cell in methods.items():
         try:
-            _read_sources(cell, backbones)
+            _read_sources(cell, backbones, seen)
         except PeftLightningError as error:
             wrong[f"method {method} ({variant}), task {task}: {error}"] = None
     if wrong:
         raise DataError(f"nothing is run before this is mended: {'; '.join(wrong)}")
 
 
-def _read_sources(cell: Cell, backbones: dict[str, tuple[nn.Module, dict[str, Any] | None]]) -> None:
-    """Read the adapters that a cell starts from, for its backbone; the weights of a random one are not compared."""
+def _read_sources(
+    cell: Cell, backbones: dict[str, tuple[nn.Module, dict[str, Any] | None]], seen: set[tuple[str, str]]
+) -> None:
+    """Read the adapters that a cell starts from, each once; the weights of a random backbone are not compared."""
     module = cell.module()
+    config = module.backbone_config
     for path in getattr(module, "sources", ()):
-        config = module.backbone_config
+        if (path, repr(config)) in seen:
+            continue
+        seen.add((path, repr(config)))
         if repr(config) not in backbones:
             backbone = build_backbone(config)
             backbones[repr(config)] = backbone, fingerprint(backbone) if config.name else None

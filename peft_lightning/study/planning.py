@@ -44,7 +44,10 @@ def plan(cells: Sequence[Cell], side_by_side: int, shared: SharedBackbones) -> l
 
 
 def _shape(cell: Cell, shared: SharedBackbones) -> Any:
-    """What a cell is grouped by; None where it runs alone, be it to find out why it cannot be built."""
+    """What a cell is grouped by; None where it runs alone.
+
+    One that cannot be built runs alone too: the same error meets it there, and its record keeps it.
+    """
     try:
         module = cell.module()
         module.configure_model()

@@ -273,8 +273,8 @@ class Kind(ABC):
         yield constant.expand(labels.shape).to(labels.dtype).contiguous(), labels
 
     def constant(self, labels: Tensor) -> Tensor:
-        """Return the prediction that suits ``labels`` [N] or [N, K] best without looking."""
-        raise NotImplementedError
+        """Return the prediction that suits ``labels`` [N] or [N, K] best without looking, for :meth:`baseline`."""
+        raise NotImplementedError(f"{type(self).__name__} needs constant, or a baseline of its own")
 
 
 def build_kind(task: Task) -> Kind:

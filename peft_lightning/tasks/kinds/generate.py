@@ -100,7 +100,7 @@ class Generate(Kind):
 
     def target(self, value: Any) -> list[int]:
         """Has no meaning here: only a tokenizer makes numbers of a summary, in :meth:`encode`."""
-        raise NotImplementedError
+        raise NotImplementedError("a summary is no number: encode gives its tokens")
 
     def columns(self, labelled: bool) -> tuple[str, ...]:
         """Return the columns of the text, the label, further references and the row's name."""
