@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def report(results: Results, plan: Plan) -> str:
     if others := [arm for arm in plan.arms if not arm.main]:
         presets = dict.fromkeys(arm.preset for arm in others)
         scaled = [arm for preset in presets for arm in plan.arms if arm.preset == preset and arm.method == "mera"]
-        parts += ["Scale beside alignment:", gains_table(results, plan, scaled)]
+        parts += ["Scale beside alignment:", gains_table(results, replace(plan, settings=plan.fewest), scaled)]
     if results.facts["sources"]:
         parts.append(sources_table(results))
     return "\n\n".join(parts)
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = folder / f"{'figure3' if name == 'zero' else f'table{name}'}.json"
     if not options.report:
         environment = clean_environment(options.allow_dirty or options.tiny)
-        results = run_plan(name, plan, scratch, environment, CONSOLE, given=options.model, tiny=options.tiny)
+        kept = folder / "sources" if places else None
+        results = run_plan(name, plan, scratch, environment, CONSOLE, kept=kept, given=options.model, tiny=options.tiny)
         results.write(path)
     results = read_results(path)
     if options.figure:

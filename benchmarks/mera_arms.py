@@ -41,7 +41,7 @@ class Arm:
         leaks: whether the target's own source may be among them.
         mode: head, prompt or prompt-demo.
         choices: other arms, the best of which on the dev shots of each split is this one; it is not run itself.
-        main: whether it is in the main table.
+        main: whether it is in the main table; the others are run with the fewest shots of each task alone.
     """
 
     name: str
@@ -122,6 +122,11 @@ class Plan:
     def tasks(self) -> tuple[str, ...]:
         """The targets, in order."""
         return tuple(dict.fromkeys(task for task, _ in self.settings))
+
+    @property
+    def fewest(self) -> tuple[tuple[str, int], ...]:
+        """The settings with the fewest shots of each task."""
+        return tuple((task, min(count for name, count in self.settings if name == task)) for task in self.tasks)
 
     @property
     def run(self) -> tuple[Arm, ...]:

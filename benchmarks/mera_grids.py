@@ -50,6 +50,7 @@ def grid(
     rates: Mapping[str, Sequence[float]],
     singles: Mapping[str, Sequence[str]],
     report: bool,
+    fewest: bool = False,
     few_words: bool = False,
     tiny: bool = False,
 ) -> dict[str, Any]:
@@ -63,18 +64,18 @@ def grid(
         seeds: of the splits.
         rates: arm -> learning rates to run.
         singles: task -> sources of which each is a variant of the single adapter.
-        report: False reads one test row, of cells that only the dev shots are looked at of.
+        report: False reads one test row, of cells that only the dev shots are looked at of, and implies ``fewest``.
+        fewest: the fewest shots of each task alone.
         few_words: whether the backbone's vocabulary is the small one.
         tiny: toy tasks.
     """
     (mode,) = {arm.mode for arm in arms}
     tasks: dict[str, Any] = {}
+    settings = plan.fewest if fewest or not report else plan.settings
     for task in plan.tasks:
-        shots = [count for name, count in plan.settings if name == task]
-        # on splits that are held, the fewest shots choose for all
         words = _WORDS[task] if few_words and not tiny else None
         named = _task(_TOYS[task] if tiny else task, mode, words)
-        tasks[task] = {"task": named, "shots": shots if report else [min(shots)]}
+        tasks[task] = {"task": named, "shots": [count for name, count in settings if name == task]}
     return {
         "backbone": _fields(model),
         "data": {

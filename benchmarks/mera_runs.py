@@ -5,7 +5,7 @@ Everything is done once: sources lie in a folder named after all that decides th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def run_plan(
     environment: dict[str, Any],
     say: Console,
     *,
+    kept: Path | None = None,
     given: str | None = None,
     tiny: bool = False,
 ) -> Results:
@@ -46,13 +47,15 @@ def run_plan(
         scratch: folder of models, sources and cells.
         environment: of the records.
         say: where to say how it goes.
+        kept: folder of the sources of the pretrained encoder; None: beside the cells, as for other backbones.
         given: folder or hub name of a backbone that takes the plan's place.
         tiny: toy data and backbone.
     """
     model = model_of(plan.backbone, scratch, environment, say, given=given, tiny=tiny)
     chooser = _chooser(plan, tiny)
     needed = dict.fromkeys([*plan.sources(), *chooser.sources()])
-    sources = train_missing(needed, scratch / "sources", model, environment, say, tiny)
+    beside = kept if kept and plan.backbone != PRETRAINED else scratch / "sources"
+    sources = train_missing(needed, beside, model, environment, say, tiny)
     few_words = given is None and plan.backbone == PRETRAINED
     folders = {source: folder for source, (folder, _) in sources.items()}
     common: dict[str, Any] = {"folders": folders, "model": model, "few_words": few_words, "tiny": tiny}
@@ -61,7 +64,7 @@ def run_plan(
     rates = {family: rate for family, rate in choose_rates(chooser, held).items() if family in plan.families}
     say.print(f"chosen on held splits: {rates}")
     found: _Cells = []
-    for mode, arms in plan.modes.items():
+    for part, arms in _parts(plan):
         values = grid(
             plan,
             arms,
@@ -69,9 +72,10 @@ def run_plan(
             rates={arm.name: (rates[arm.family],) for arm in arms},
             singles={task: _singles(arms, task) for task in plan.tasks},
             report=True,
+            fewest=not arms[0].main,
             **common,
         )
-        found += _cells(values, home / f"report-{mode}")
+        found += _cells(values, home / f"report-{part}")
     failed = [
         f"{cell['cell']['method']} on {cell['cell']['task']}: {cell['error']}" for cell in found if "error" in cell
     ]
@@ -92,6 +96,14 @@ def run_plan(
         "backbone": {"name": Path(model.name).name if model.name else "toy", "dtype": model.dtype},
     }
     return Results(table=name, environment=environment, facts=facts, truths=truths, cells=cells)
+
+
+def _parts(plan: Plan) -> Iterator[tuple[str, list[Arm]]]:
+    """The arms that are run, in studies of those that read a task alike and have the same settings."""
+    for mode, arms in plan.modes.items():
+        for main in (True, False):
+            if part := [arm for arm in arms if arm.main == main]:
+                yield mode if main else f"{mode}-scales", part
 
 
 def _chooser(plan: Plan, tiny: bool) -> Plan:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 
 from benchmarks import mera
 from benchmarks.mera_arms import MIXED, PLANS, Plan
@@ -114,6 +116,9 @@ def test_a_source_is_trained_once_and_without_texts_of_the_targets(
     folder, record = train_missing(*given)["stsb"]
     assert (record.data["train_rows"], record.data["removed_rows"]) == (2, 1)
     assert read_source(folder).adapter.bottleneck == 48
+    weights = load_file(folder / "adapter.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert not [*folder.glob("*head*")]
 
     written = (folder.parent / "record.json").stat().st_mtime_ns
     assert train_missing(*given)["stsb"][0] == folder
@@ -141,6 +146,7 @@ def test_plans_are_what_was_asked_for() -> None:
         assert len({arm.name for arm in plan.arms}) == len(plan.arms)
         assert {plan.baseline_of(arm).mode for arm in plan.arms} == set(plan.modes)
     assert {arm.mode for arm in PLANS["2"].arms} == {"head", "prompt", "prompt-demo"}
+    assert first.fewest == (("mrpc", 10), ("sst2", 10), ("mnli", 10))
     scales = {(arm.preset, arm.scale) for arm in first.run if arm.method == "mera"}
     assert {(preset, scale) for preset in ("avg", "wts", "acts", "acts+") for scale in (None, 2.0, "sum")} <= scales
 
@@ -407,7 +413,8 @@ def test_tiny_table_goes_on_where_it_stopped(
     mera.main(options)
     results = read_results(tmp_path / "table1.json")
     plan = PLANS["1"].tiny()
-    assert len(results.cells) == len(plan.run) * len(plan.settings) * len(plan.seeds)
+    counts = [len(plan.settings if arm.main else plan.fewest) for arm in plan.run]
+    assert len(results.cells) == sum(counts) * len(plan.seeds)
     assert {len(truths) for truths in results.truths.values()} == {plan.test_rows}
     assert {task: sum(counts.values()) for task, counts in results.facts["singles"].items()} == dict.fromkeys(
         plan.tasks, len(plan.seeds)
