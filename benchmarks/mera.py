@@ -60,7 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.report:
         environment = clean_environment(options.allow_dirty or options.tiny)
         kept = folder / "sources" if places else None
-        results = run_plan(name, plan, scratch, environment, CONSOLE, kept=kept, given=options.model, tiny=options.tiny)
+        results = run_plan(
+            name,
+            plan,
+            scratch,
+            environment,
+            CONSOLE,
+            kept=kept,
+            workers=options.workers,
+            given=options.model,
+            tiny=options.tiny,
+        )
         results.write(path)
     results = read_results(path)
     if options.figure:
@@ -83,6 +93,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--table", choices=["1", "2", "3"], help="one of the paper's tables")
     what.add_argument("--figure", choices=list(FIGURES), help="one of the paper's figures")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that share them out (default: %(default)s)")
     parser.add_argument("--model", help="folder or hub name of another backbone; its results go into --out")
     parser.add_argument("--report", action="store_true", help="run nothing: table or figure from the file of cells")
     parser.add_argument("--tiny", action="store_true", help="try it in a minute: toy data, random encoder, few cells")

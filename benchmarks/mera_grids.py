@@ -52,6 +52,7 @@ def grid(
     report: bool,
     fewest: bool = False,
     few_words: bool = False,
+    workers: int = 1,
     tiny: bool = False,
 ) -> dict[str, Any]:
     """Return the grid of arms that read their tasks in one way.
@@ -67,6 +68,7 @@ def grid(
         report: False reads one test row, of cells that only the dev shots are looked at of, and implies ``fewest``.
         fewest: the fewest shots of each task alone.
         few_words: whether the backbone's vocabulary is the small one.
+        workers: processes.
         tiny: toy tasks.
     """
     (mode,) = {arm.mode for arm in arms}
@@ -88,6 +90,7 @@ def grid(
         "seeds": [*seeds],
         "epochs": [plan.epochs],
         "methods": {arm.name: _method(plan, arm, folders, rates[arm.name], singles, tiny) for arm in arms},
+        "workers": workers,
         "device": "cpu",
     }
 

@@ -36,6 +36,7 @@ def run_plan(
     say: Console,
     *,
     kept: Path | None = None,
+    workers: int = 1,
     given: str | None = None,
     tiny: bool = False,
 ) -> Results:
@@ -48,6 +49,7 @@ def run_plan(
         environment: of the records.
         say: where to say how it goes.
         kept: folder of the sources of the pretrained encoder; None: beside the cells, as for other backbones.
+        workers: processes that share out cells and threads.
         given: folder or hub name of a backbone that takes the plan's place.
         tiny: toy data and backbone.
     """
@@ -58,7 +60,8 @@ def run_plan(
     sources = train_missing(needed, beside, model, environment, say, tiny)
     few_words = given is None and plan.backbone == PRETRAINED
     folders = {source: folder for source, (folder, _) in sources.items()}
-    common: dict[str, Any] = {"folders": folders, "model": model, "few_words": few_words, "tiny": tiny}
+    common: dict[str, Any] = {"folders": folders, "model": model, "few_words": few_words}
+    common |= {"workers": workers, "tiny": tiny}
     home = scratch / f"table-{name}"
     held = _held(chooser, scratch / f"table-{plan.rates_of or name}", common)
     rates = {family: rate for family, rate in choose_rates(chooser, held).items() if family in plan.families}
@@ -88,8 +91,9 @@ def run_plan(
     facts = {
         "rates": rates,
         "singles": _counts(cells, [arm.name for arm in plan.run if arm.preset == "single"]),
-        "minutes": round(seconds / 60, 1),
-        "held_minutes": round(sum(cell["seconds"] for cell in held) / 60, 1),
+        "workers": workers,
+        "minutes": round(seconds / 60 / workers, 1),
+        "held_minutes": round(sum(cell["seconds"] for cell in held) / 60 / workers, 1),
         "held_cells": len(held),
         "failed": failed,
         "sources": {source: _facts(source, sources[source][1]) for source in plan.sources()},

@@ -167,8 +167,8 @@ def _context(results: Results, plan: Plan) -> str:
         "source on each split's dev shots. "
         f"{results.facts.get('minutes', 0):.0f} minutes without the sources. "
         f"{f'**{len(failed)} cells failed**, the first: {failed[0]}. ' if failed else ''}"
-        f"{device['name']}, {device['threads']} threads; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}; commit {commit}."
+        f"{device['name']}, {device['threads']} threads in {results.facts.get('workers', 1)} processes; torch "
+        f"{versions['torch']}, transformers {versions['transformers']}; commit {commit}."
     )
 
 

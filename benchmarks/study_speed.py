@@ -38,7 +38,12 @@ from peft_lightning.study.tables import markdown_table, write_generated
 __all__ = ["main", "speed_table"]
 
 _GOALS = {"process": 2.0, "loop": 1.2}
-_TITLES = {"process": "a process for each run", "loop": "one by one", "together": "side by side"}
+_TITLES = {
+    "process": "a process for each run",
+    "loop": "one by one",
+    "together": "side by side",
+    "workers": "side by side, in a process for each thread",
+}
 
 
 def _grid(tiny: bool, device: str) -> dict[str, Any]:
@@ -63,7 +68,7 @@ def _grid(tiny: bool, device: str) -> dict[str, Any]:
 
 
 class _Arms:
-    """The three ways, each a call that does some runs from nothing but the cache of tokens.
+    """The ways, each a call that does some runs from nothing but the cache of tokens.
 
     Args:
         grid: of all runs.
@@ -76,13 +81,17 @@ class _Arms:
         self.grid, self.scratch, self.processes, self.threads = grid, scratch, processes, threads
         self.number = 0
         self.runs = {"process": processes, "loop": len(grid["seeds"]) * len(grid["lr"])}
-        self.runs["together"] = self.runs["loop"]
+        self.runs["together"] = self.runs["workers"] = self.runs["loop"]
         self.scores: dict[str, list[float]] = {}
 
     def calls(self) -> dict[str, Callable[[], object]]:
         """Return name -> call."""
-        loop, together = (partial(self._here, name, count) for name, count in (("loop", 1), ("together", 8)))
-        return {"process": self._apart, "loop": loop, "together": together}
+        return {
+            "process": self._apart,
+            "loop": partial(self._here, "loop", side_by_side=1),
+            "together": partial(self._here, "together", side_by_side=8),
+            "workers": partial(self._here, "workers", side_by_side=4, workers=self.threads),
+        }
 
     def _apart(self) -> None:
         for number in range(self.processes):
@@ -97,9 +106,9 @@ class _Arms:
             if done.returncode:
                 raise UsageError(f"a run failed: {done.stderr.strip().splitlines()[-1]}")
 
-    def _here(self, name: str, count: int) -> None:
+    def _here(self, name: str, **options: int) -> None:
         with redirect_stderr(StringIO()):
-            records = run_study(read_grid({**self.grid, "side_by_side": count}), self._folder())
+            records = run_study(read_grid({**self.grid, **options}), self._folder())
         if failed := [record["error"] for record in records if "error" in record]:
             raise UsageError(f"a run failed: {failed[0]}")
         self.scores[name] = [record["test"]["accuracy"] for record in records]

@@ -1,4 +1,4 @@
-"""``study``: a grid of many small runs in one process, gone on with where it stopped, and its table."""
+"""``study``: a grid of many small runs in one process or a few, gone on with where it stopped, and its table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def run_study_command(words: list[str]) -> None:
     """
     given = _parser().parse_args(words[1:])
     values = _values(given.config)
-    values |= {name: getattr(given, name) for name in ("side_by_side", "device") if getattr(given, name) is not None}
+    options = {name: getattr(given, name) for name in ("side_by_side", "workers", "device")}
+    values |= {name: value for name, value in options.items() if value is not None}
     output = Path(given.output)
     if output.exists() and not output.is_dir():
         raise UsageError(f"output = {output}: is a file; must be a folder")
@@ -61,16 +62,17 @@ def run_study_command(words: list[str]) -> None:
 def _parser() -> ToolParser:
     parser = ToolParser(
         prog="peft-lightning study",
-        description="Run a grid (method x variant x task x shots x seed x rate x epochs) in one process: the backbone "
-        "and the data are loaded once, and cells whose shapes allow it are trained side by side in one batch. What is "
-        "finished in the folder is not repeated. The table names the variant that was best on the dev shots, and its "
-        "mean over seeds on the rows that are reported on, with a t interval where there are three seeds or more.",
+        description="Run a grid (method x variant x task x shots x seed x rate x epochs) in one process or a few: "
+        "backbone and data are loaded once, and cells whose shapes allow it are trained side by side in a batch. What "
+        "is finished in the folder is not repeated. The table names the variant that was best on the dev shots, and "
+        "its mean over seeds on the rows that are reported on, with a t interval where there are three seeds or more.",
     )
     parser.add_argument(
         "--config", action="append", required=True, metavar="FILE", help="the grid; of several, later ones come first"
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new, or of the study to go on with")
     parser.add_argument("--side_by_side", type=int, help="cells in one batch at most; 1: each alone")
+    parser.add_argument("--workers", type=int, help="processes that share out cells and threads (default: 1)")
     parser.add_argument("--device", help="auto, cpu or cuda")
     return parser
 

@@ -172,6 +172,7 @@ class Grid:
         steps: of the optimiser, instead of epochs.
         methods: name -> method.
         side_by_side: cells in one batch at most, where their shapes allow it.
+        workers: processes that share out cells and threads; from Python they need ``if __name__ == "__main__":``.
         select: last (weights of the last epoch) or best (of the epoch that was best on the dev shots).
         precision: 32-true or bf16-mixed.
         device: auto, cpu or cuda.
@@ -189,6 +190,7 @@ class Grid:
     epochs: list[int] | None = None
     steps: list[int] | None = None
     side_by_side: int = 8
+    workers: int = 1
     select: str = "last"
     precision: str = "32-true"
     device: str = "auto"
@@ -198,8 +200,9 @@ class Grid:
         check_choices(self, "study", select=("last", "best"), device=("auto", "cpu", "cuda"))
         check_lengths(self, "study")
         check_numbers("study.seeds", self.seeds, int, 0)
-        if self.side_by_side < 1:
-            raise UsageError(f"study.side_by_side = {self.side_by_side}: must be at least 1")
+        for name in ("side_by_side", "workers"):
+            if (value := getattr(self, name)) < 1:
+                raise UsageError(f"study.{name} = {value}: must be at least 1")
         as_backbone_config(self.backbone_fields)
         for name in ("tasks", "methods"):
             if not getattr(self, name):

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -22,74 +23,95 @@ class Progress:
     Args:
         cells: to be run.
         finished: how many others were there already.
+        workers: how many groups are run at a time.
         seconds: between two lines where the output is not a terminal.
     """
 
-    def __init__(self, cells: Sequence[Cell], finished: int, seconds: float = 10.0) -> None:
+    def __init__(self, cells: Sequence[Cell], finished: int, workers: int = 1, seconds: float = 10.0) -> None:
         self.left = list(cells)
         self.done, self.total, self.failed = finished, finished + len(cells), 0
         self.seconds = seconds
-        self._shown = -seconds
-        self._began = time.monotonic()
-        self._group: list[Cell] = []
+        self._workers, self._shown = workers, -seconds
+        self._running: list[_Running] = []
         self._took: dict[Any, list[float]] = defaultdict(list)
 
     def begin(self, group: Sequence[Cell]) -> None:
         """A group of cells starts."""
-        self._group, self._began = list(group), time.monotonic()
+        self._running.append(_Running(list(group), time.monotonic()))
         self.tick(0.0)
 
     def tick(self, share: float) -> None:
-        """A share of the group's work is done."""
+        """A share of the group that began last is done."""
+        self._running[-1].share = share
         if time.monotonic() - self._shown >= (0.5 if sys.stderr.isatty() else self.seconds):
-            self._show(share)
+            self._show()
 
-    def end(self, failures: int) -> None:
-        """The group is finished."""
-        each = (time.monotonic() - self._began) / max(1, len(self._group))
-        for cell in self._group:
+    def end(self, group: Sequence[Cell], failures: int) -> None:
+        """A group is finished."""
+        ended = next(running for running in self._running if running.group[0] is group[0])
+        self._running.remove(ended)
+        each = (time.monotonic() - ended.began) / len(group)
+        for cell in group:
             self.left.remove(cell)
             for key in _keys(cell):
                 self._took[key].append(each)
-        self.done += len(self._group)
+        self.done += len(group)
         self.failed += failures
-        self._group = []
         if not self.left:
-            self._show(1.0)
+            self._show()
             sys.stderr.write("\n" if sys.stderr.isatty() else "")
 
-    def time_left(self, share: float) -> timedelta | None:
+    def time_left(self) -> timedelta | None:
         """Return an estimate, or None before anything is known."""
-        passed = time.monotonic() - self._began
-        waiting = [cell for cell in self.left if not any(cell is other for other in self._group)]
-        known = self._took
-        if not known and share <= 0:
+        known, running = bool(self._took), self._running
+        begun = sum(len(one.group) for one in running)
+        if not known and not any(one.share for one in running):
             return None
-        here = passed * (1 - share) / share if share > 0 else sum(map(self._expected, self._group))
+        here = [self._left_of(one) for one in running]
         if not known:
-            each = passed / share / max(1, len(self._group))
-            return timedelta(seconds=round(here + each * len(waiting)))
-        return timedelta(seconds=round(here + sum(map(self._expected, waiting))))
+            each = max(one.passed / one.share / len(one.group) for one in running if one.share)
+            return timedelta(seconds=round((sum(here) + each * (len(self.left) - begun)) / self._workers))
+        waiting = [cell for cell in self.left if not any(cell is other for one in running for other in one.group)]
+        return timedelta(seconds=round((sum(here) + sum(map(self._expected, waiting))) / self._workers))
+
+    def _left_of(self, one: _Running) -> float:
+        if one.share > 0:
+            return one.passed * (1 - one.share) / one.share
+        return max(0.0, sum(map(self._expected, one.group)) - one.passed) if self._took else 0.0
 
     def _expected(self, cell: Cell) -> float:
         known = next(self._took[key] for key in _keys(cell) if self._took.get(key))
         return sum(known) / len(known)
 
-    def _show(self, share: float) -> None:
+    def _show(self) -> None:
         self._shown = time.monotonic()
         terminal = sys.stderr.isatty()
-        done = self.done + share * len(self._group)
+        done = self.done + sum(one.share * len(one.group) for one in self._running)
         parts = [f"cell {done:.0f}/{self.total}"]
         if self.failed:
             parts.append(f"{self.failed} failed")
-        if self._group:
-            more = f" and {len(self._group) - 1} beside it" if len(self._group) > 1 else ""
-            parts.append(f"{self._group[0].title}{more}")
-            left = self.time_left(share)
+        if self._running:
+            first, beside = self._running[-1].group[0], sum(len(one.group) for one in self._running) - 1
+            parts.append(f"{first.title}{f' and {beside} beside it' if beside else ''}")
+            left = self.time_left()
             parts.append(f"{'?' if left is None else left} left")
         text = "  ".join(parts)
         sys.stderr.write(f"\r{text}\x1b[K" if terminal else f"{text}\n")
         sys.stderr.flush()
+
+
+@dataclass
+class _Running:
+    """A group that is being run."""
+
+    group: list[Cell]
+    began: float
+    share: float = 0.0
+
+    @property
+    def passed(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self.began
 
 
 def _keys(cell: Cell) -> tuple[Any, ...]:

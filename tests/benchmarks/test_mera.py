@@ -409,7 +409,7 @@ def test_tiny_table_goes_on_where_it_stopped(
         "select",
     )
     monkeypatch.setitem(PLANS, "1", _few(PLANS["1"], *names))
-    options = ["--table", "1", "--tiny", "--threads", "1", "--out", str(tmp_path)]
+    options = ["--table", "1", "--tiny", "--threads", "1", "--workers", "1", "--out", str(tmp_path)]
     mera.main(options)
     results = read_results(tmp_path / "table1.json")
     plan = PLANS["1"].tiny()
@@ -437,19 +437,19 @@ def test_tiny_tracks_take_the_rates_of_the_first_table(
 ) -> None:
     monkeypatch.setitem(PLANS, "1", _few(PLANS["1"], "adapter", "acts"))
     monkeypatch.setitem(PLANS, "3", _few(PLANS["3"], "adapter", "QA/acts"))
-    mera.main(["--table", "3", "--tiny", "--threads", "1", "--out", str(tmp_path)])
+    mera.main(["--table", "3", "--tiny", "--threads", "1", "--workers", "1", "--out", str(tmp_path)])
     results = read_results(tmp_path / "table3.json")
     assert set(results.facts["rates"]) == {"head/adapter/", "head/mera/acts"}
     assert set(results.facts["sources"]) == {"boolq", "squad_v1"}
     assert {path.name for path in (tmp_path / "runs" / "table-3").iterdir()} == {"report-head"}
     monkeypatch.setitem(PLANS, "3", replace(PLANS["3"], arms=PLANS["2"].arms[:1]))
     with pytest.raises(UsageError, match="rates_of = '1': has no arm of head/full/"):
-        mera.main(["--table", "3", "--tiny", "--threads", "1", "--out", str(tmp_path)])
+        mera.main(["--table", "3", "--tiny", "--threads", "1", "--workers", "1", "--out", str(tmp_path)])
 
 
 def test_tiny_prompts(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"{mode}/{method}" for mode in ("head", "prompt", "prompt-demo") for method in ("adapter", "select")]
     monkeypatch.setitem(PLANS, "2", _few(PLANS["2"], *names))
-    mera.main(["--table", "2", "--tiny", "--threads", "1", "--out", str(tmp_path)])
+    mera.main(["--table", "2", "--tiny", "--threads", "1", "--workers", "1", "--out", str(tmp_path)])
     results = read_results(tmp_path / "table2.json")
     assert {cell.arm for cell in results.cells} == set(names)

@@ -75,22 +75,43 @@ def test_time_left_is_learned_from_cells_alike(
     shown = Progress(cells, finished=4)
     by_name = {name: [cell for cell in cells if cell.method == name] for name in "ab"}
     shown.begin(by_name["a"][:2])
-    assert shown.time_left(0.0) is None
+    assert shown.time_left() is None
     clock[0] += 10
-    assert shown.time_left(0.5) == timedelta(seconds=10 + 4 * 10)
+    shown.tick(0.5)
+    assert shown.time_left() == timedelta(seconds=10 + 4 * 10)
     clock[0] += 10
-    shown.end(1)
+    shown.end(by_name["a"][:2], 1)
     shown.begin(by_name["b"][:1])
     clock[0] += 40
-    shown.end(0)
+    shown.end(by_name["b"][:1], 0)
     shown.begin(by_name["b"][1:2])
-    assert shown.time_left(0.0) == timedelta(seconds=40 + 40 + 10)
+    assert shown.time_left() == timedelta(seconds=40 + 40 + 10)
     shown.tick(0.0)
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("cell 7/10  1 failed  b  toy_sentiment  10 shots  seed 2  lr 0.005  10 epochs")
     assert last.endswith("0:01:30 left")
-    shown.end(0)
+    shown.end(by_name["b"][1:2], 0)
     for cell in (by_name["b"][2], by_name["a"][2]):
         shown.begin([cell])
-        shown.end(0)
+        shown.end([cell], 0)
     assert capsys.readouterr().err.splitlines()[-1] == "cell 10/10  1 failed"
+
+
+def test_time_left_of_two_workers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = cells_of(read_grid(grid_of("x", {"a": SPARSE}, seeds=[1, 2, 3, 4])))
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    shown = Progress(cells, finished=0, workers=2)
+    shown.begin(cells[:1])
+    shown.begin(cells[1:2])
+    clock[0] += 10
+    shown.end(cells[:1], 0)
+    # ten seconds a cell: the second is about to end, and each of the two that are left has a worker
+    assert shown.time_left() == timedelta(seconds=10)
+    shown.begin(cells[2:3])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("and 1 beside it  0:00:10 left")
+    for cell in cells[1:]:
+        if cell is cells[3]:
+            shown.begin([cell])
+        shown.end([cell], 0)
+    assert capsys.readouterr().err.splitlines()[-1] == "cell 4/4"

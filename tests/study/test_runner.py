@@ -16,11 +16,12 @@ from peft_lightning import FewShotDataModule, SparseAdapterModule, export_adapte
 from peft_lightning.backbones.sharing import SharedBackbones
 from peft_lightning.cli.main import main
 from peft_lightning.errors import DataError, UsageError
-from peft_lightning.study import runner
+from peft_lightning.study import work
 from peft_lightning.study.grid import merged_settings, read_grid
 from peft_lightning.study.results import StudyFolder, majorities, read_study
 from peft_lightning.study.runner import StudyWarning, run_study
 from peft_lightning.study.together import run_together
+from peft_lightning.study.work import Work
 from tests.study.helpers import FULL, SPARSE, folder, grid_of
 from tests.toy import toy_sources, trainer
 
@@ -187,7 +188,7 @@ def test_a_killed_study_goes_on_and_repeats_nothing(
 ) -> None:
     grid = grid_of(backbone, {"a": SPARSE, "b": PRUNED}, epochs=[1], side_by_side=2)
     ran: list[list[Any]] = []
-    whole = runner._Work.run
+    whole = Work.run
 
     def dies(work: Any, group: Any, tick: Any) -> Any:
         if len(ran) == 1:
@@ -195,7 +196,7 @@ def test_a_killed_study_goes_on_and_repeats_nothing(
         ran.append([cell.key for cell in group])
         return whole(work, group, tick)
 
-    monkeypatch.setattr(runner._Work, "run", dies)
+    monkeypatch.setattr(Work, "run", dies)
     with pytest.raises(KeyboardInterrupt):
         run(grid, tmp_path)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
@@ -205,7 +206,7 @@ def test_a_killed_study_goes_on_and_repeats_nothing(
         ran.append([cell.key for cell in group])
         return whole(work, group, tick)
 
-    monkeypatch.setattr(runner._Work, "run", notes)
+    monkeypatch.setattr(Work, "run", notes)
     records = run(grid, tmp_path)
     assert len(records) == 4 and {path: path.stat().st_mtime_ns for path in files} == files
     again = [key for group in ran for key in group]
@@ -345,7 +346,7 @@ def test_what_is_too_much_for_one_batch_is_halved(
 
     grid = grid_of(backbone, {"a": SPARSE}, lr=[1e-3, 2e-3], epochs=[1])
     wanted = run(grid, tmp_path / "whole")
-    monkeypatch.setattr(runner, "run_together", narrow)
+    monkeypatch.setattr(work, "run_together", narrow)
     found = run(grid, tmp_path / "parts")
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
     for one, other in zip(found, wanted, strict=True):
