@@ -6,6 +6,7 @@ backbone and rows of its own and is handed a group whenever it is free; this pro
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import warnings
 from collections import deque
@@ -86,7 +87,8 @@ class _Worker:
         # a fork would inherit the threads' locks
         context = multiprocessing.get_context("spawn")
         self.connection, self._theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(self._theirs, [*seeds], str(device), threads), daemon=True)
+        given = self._theirs, [*seeds], str(device), threads, _levels()
+        self.process = context.Process(target=_serve, args=given, daemon=True)
 
     def __enter__(self) -> tuple[Connection, BaseProcess]:
         self.process.start()
@@ -114,9 +116,17 @@ def _received(connection: Any, process: BaseProcess) -> list[Record]:
     return answer
 
 
-def _serve(connection: Connection, seeds: list[int], device: str, threads: int) -> None:
+def _levels() -> dict[str, int]:
+    """Of the loggers of this process that have one: workers are as quiet."""
+    loggers = {name: logging.getLogger(name) for name in [*logging.root.manager.loggerDict]}
+    return {name: logger.level for name, logger in loggers.items() if logger.level}
+
+
+def _serve(connection: Connection, seeds: list[int], device: str, threads: int, levels: dict[str, int]) -> None:
     """What a worker does."""
     torch.set_num_threads(threads)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     # the study's own process has built one of each method, and said what there is to say
     warnings.simplefilter("ignore")
     place = torch.device(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import warnings
@@ -69,6 +70,17 @@ def test_two_workers_do_what_one_process_does(backbone: str, tmp_path: Path) -> 
             assert_close(torch.tensor(one["losses"]), torch.tensor(other["losses"]), rtol=0, atol=1e-6)
             assert one["predictions"] == other["predictions"]
     assert len([*(tmp_path / "two" / "cells").iterdir()]) == 4
+
+
+def test_workers_are_as_quiet_as_the_study(
+    backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    grid = grid_of(backbone, {"a": SPARSE}, epochs=[1], side_by_side=1, workers=2)
+    logger = logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(logger, "level", logging.ERROR)
+    run(grid, tmp_path)
+    shown = capfd.readouterr().err.splitlines()
+    assert [line for line in shown if not line.startswith("cell ")] == []
 
 
 @pytest.mark.parametrize(
