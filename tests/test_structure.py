@@ -26,6 +26,7 @@ PICTURE: dict[str, set[str]] = {
     "settings": set(),
     "optimizer": {"settings"},
     "seeding": set(),
+    "stopping": set(),
     "module": {"files", "settings", "optimizer", "seeding"},
     "backbones": set(),
     "tasks": {"backbones", "layers"},
@@ -38,9 +39,9 @@ PICTURE: dict[str, set[str]] = {
     "loading": {"methods"},
     "exchange": {"loading", "analysis"},
     "analysis": {"methods"},
-    "callbacks": {"methods", "analysis"},
+    "callbacks": {"methods", "analysis", "stopping"},
     "study": {"methods", "data"},
-    "cli": {"study", "analysis", "callbacks", "data", "exchange"},
+    "cli": {"study", "analysis", "callbacks", "data", "exchange", "stopping"},
 }
 # Packages that only some areas may import.
 KEPT_TO: dict[str, set[str]] = {"jsonargparse": {"cli"}, "lightning.pytorch.cli": {"cli"}}
