@@ -62,8 +62,8 @@ def checkpoint_to_resume(folder: Path, effective: Mapping[str, Any], resume: str
         listed = "; ".join(changed)
         if resume != "changed":
             raise UsageError(
-                f"--resume {resume}: the run in {folder} was started with other settings ({listed}); use the same ones, "
-                "another --run_dir, or --resume changed to go on with these"
+                f"--resume {resume}: the run in {folder} was started with other settings ({listed}); use the same "
+                "ones, another --run_dir, or --resume changed to go on with these"
             )
         said = f"{said + '; ' if said else ''}the run in {folder} goes on with other settings ({listed})"
     if said and speaks:

@@ -17,8 +17,8 @@ from peft_lightning.files.manifest import read_file
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    content = {"state_dict": {"a": torch.arange(50.0)}, "peft_lightning": {"format": 2, "class": "x"}, "n": [1, "two"]}
-    content["peft_lightning"]["hyper_parameters"] = {}  # type: ignore[call-overload,index]
+    manifest = {"format": 2, "class": "x", "hyper_parameters": {}}
+    content = {"state_dict": {"a": torch.arange(50.0)}, "peft_lightning": manifest, "n": [1, "two"]}
     AtomicCheckpointIO().save_checkpoint(content, tmp_path / "one.ckpt")
     return tmp_path / "one.ckpt"
 
