@@ -149,7 +149,7 @@ def test_the_setting_is_a_switch() -> None:
 
 @EVERY
 def test_deterministic_mode_gives_the_same_bits_twice(method: type[MethodModule], tmp_path: Path) -> None:
-    ends = []
+    ends: list[Any] = []
     try:
         for name in ("one", "two"):
             torch.manual_seed(len(ends))  # the state of the process must not matter
