@@ -144,26 +144,31 @@ class FiniteGuard:
         folder = Path(getattr(trainer, "default_root_dir", None) or ".") / "bad_batches"
         mine = [dict(_flat(batch)) for _, batch in self._batches]
         everything = _gathered(mine, trainer)
-        path = folder / f"step-{step}.safetensors"
-        if not trainer.is_global_zero:
-            return ""
-        tensors: dict[str, Tensor] = {}
-        for rank, batches in enumerate(everything):
-            for number, batch in enumerate(batches):
-                for name, value in batch.items():
-                    key = f"rank{rank}.batch{number}.{name}"
-                    if isinstance(value, Tensor):
-                        tensors[key] = value
-                    else:
-                        facts[key] = json.dumps(value, default=str)
-        if folder.is_dir() and len(list(folder.iterdir())) >= _MOST_FILES:
-            return f"; {folder} holds {_MOST_FILES} batches already"
-        try:
-            content = save(tensors, {"step": str(step), **facts})
-            atomic_write(path, lambda file: file.write(content))
-        except OSError as error:
-            return f"; {path} cannot be written ({error.strerror})"
-        return f"; the batch is in {path}"
+        said = _written(folder, step, everything, facts) if trainer.is_global_zero else ""
+        text: str = trainer.strategy.broadcast(said)
+        return text
+
+
+def _written(folder: Path, step: int, everything: list[list[dict[str, Any]]], facts: dict[str, str]) -> str:
+    """Write batches, by rank and number, and what was found out; what is to be said of it."""
+    path = folder / f"step-{step}.safetensors"
+    if folder.is_dir() and len(list(folder.iterdir())) >= _MOST_FILES:
+        return f"; {folder} holds {_MOST_FILES} batches already"
+    tensors: dict[str, Tensor] = {}
+    for rank, batches in enumerate(everything):
+        for number, batch in enumerate(batches):
+            for name, value in batch.items():
+                key = f"rank{rank}.batch{number}.{name}"
+                if isinstance(value, Tensor):
+                    tensors[key] = value
+                else:
+                    facts[key] = json.dumps(value, default=str)
+    content = save(tensors, {"step": str(step), **facts})
+    try:
+        atomic_write(path, lambda file: file.write(content))
+    except OSError as error:
+        return f"; {path} cannot be written ({error.strerror})"
+    return f"; the batch is in {path}"
 
 
 def _gradients(module: Any) -> Iterator[tuple[str, Tensor]]:

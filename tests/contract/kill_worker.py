@@ -3,7 +3,7 @@
 ``KILL`` is ``PHASE:COUNT``: the moments of each phase are counted from 0. Without it a fit only counts them.
 
 - caching: around all that happens to files before anything is trained: each write, flush and renaming;
-- deciding: each batch that is read before training (scores, importance, merges), and before and after a merge;
+- deciding: each batch that is read before training (scores, importance, merges, the first step's), and around a merge;
 - step: each micro-batch begins;
 - backward: each micro-batch's gradients are there, and nothing else yet;
 - optimizer: before each optimizer step, and after it;
@@ -116,6 +116,17 @@ class Watch(L.Callback):
         self.moments.tick("validating")
 
 
+def join(ranks: int, rank: int, port: int) -> dict[str, Any]:
+    """Become one of several processes, as torchrun starts them; what the trainer has to know of it."""
+    torch.set_num_threads(1)
+    if ranks == 1:
+        return {}
+    here: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    here |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ.update({key: str(value) for key, value in here.items()})
+    return {"strategy": "ddp", "devices": ranks}
+
+
 def fit(name: str, folder: Path, given: dict[str, Any], ranks: int, rank: int, port: int, kill: str | None) -> None:
     """The same run each time it is called; it goes on from what it finds in ``folder``.
 
@@ -126,16 +137,12 @@ def fit(name: str, folder: Path, given: dict[str, Any], ranks: int, rank: int, p
         ranks: how many processes train, of which this one is ``rank``; they meet at ``port``.
         kill: where this one ends.
     """
-    torch.set_num_threads(1)
-    elastic = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    elastic |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "kills"}
-    os.environ.update({key: str(value) for key, value in elastic.items() if ranks > 1})
+    many = join(ranks, rank, port)
     os.environ["PEFT_LIGHTNING_CACHE"] = str(folder / "cache")
     moments = Moments(kill)
     moments.install()
     method = getattr(methods, name)
     options = {"sources": given["sources"]} if name in ("MerAModule", "FusionModule") else {}
-    many: dict[str, Any] = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
     run = trainer(
         folder, every_n_steps=2, callbacks=[Watch(moments)], max_epochs=2, accumulate_grad_batches=3,
         val_check_interval=4, **many,

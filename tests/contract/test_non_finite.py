@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.testing import assert_close
 
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.errors import PeftLightningError, UsageError
 from peft_lightning.module import MethodModule
+from tests.contract.kill_worker import join
 from tests.contract.test_resume import rows
 from tests.toy import METHODS, build, data, trainer
 
@@ -129,6 +134,53 @@ def test_within_an_accumulation(method: type[MethodModule], precision: str, tmp_
     assert sum(bool((part == UNKNOWN).any()) for part in ids) == 1
 
 
+def on_a_rank(folder: Path, gradient: bool, ranks: int, rank: int, port: int) -> None:
+    """One of the processes of the test below."""
+    many = join(ranks, rank, port)
+    os.environ["PEFT_LIGHTNING_CACHE"] = str(folder / "cache")
+    poison = Poison(gradient)
+    settings = {"lr": 1e-3, "non_finite": "skip", "keep_bad_batches": True}
+    module = build(METHODS[0], optim=settings)
+    run = trainer(callbacks=[poison], default_root_dir=folder, max_epochs=2, accumulate_grad_batches=2, **many)
+    run.fit(module, datamodule=data(batch_size=4, rows=rows()))
+    torch.save((module.skipped_steps, poison.bad_steps, module.owned_state()), folder / f"{rank}.pt")
+    settings["non_finite"] = "stop"
+    module = build(METHODS[0], optim=settings)
+    try:
+        run = trainer(callbacks=[Poison(gradient)], default_root_dir=folder, max_epochs=2, **many)
+        run.fit(module, datamodule=data(batch_size=4, rows=rows()))
+    except PeftLightningError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_two_ranks_decide_alike(gradient: bool, tmp_path: Path) -> None:
+    """One of them has the bad example; both skip, and both say which it was."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.contract.kill_worker"])
+    processes = [context.Process(target=on_a_rank, args=(tmp_path, gradient, 2, rank, port)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+        assert process.exitcode == 0
+    ends = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    bad = ends[0][1] + ends[1][1]
+    assert ends[0][0] == ends[1][0] == len(bad) == 2  # once an epoch, on either rank
+    assert_close(ends[1][2], ends[0][2], rtol=0, atol=0)
+    files = {path.name for path in (tmp_path / "bad_batches").iterdir()}
+    assert {f"step-{step}.safetensors" for step in bad} <= files
+    with safe_open(tmp_path / "bad_batches" / f"step-{bad[0]}.safetensors", "pt") as content:
+        assert {name.partition(".")[0] for name in content.keys()} == {"rank0", "rank1"}
+        assert 17 in json.loads(content.metadata()["examples"])
+    said = [(tmp_path / f"{rank}.txt").read_text().partition("; the batch")[0] for rank in (0, 1)]
+    assert said[0] == said[1] and "17" in said[0].partition("examples ")[2]
+    assert ("gradient of" if gradient else "word_embeddings") in said[0]
+
+
 def test_a_folder_that_cannot_be_written_hides_no_cause(tmp_path: Path) -> None:
     (tmp_path / "bad_batches").touch()
     message = r"loss is nan at step \d+; .*examples 17; .*bad_batches.* cannot be written .*; lower optim.lr"
@@ -163,4 +215,4 @@ def test_deterministic_mode_gives_the_same_bits_twice(method: type[MethodModule]
     finally:
         torch.use_deterministic_algorithms(False)
     assert ends[0][2] == ends[1][2]
-    torch.testing.assert_close(ends[1][:2], ends[0][:2], rtol=0, atol=0)
+    assert_close(ends[1][:2], ends[0][:2], rtol=0, atol=0)

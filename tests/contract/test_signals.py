@@ -87,3 +87,28 @@ def test_within_a_validation_within_an_accumulation(tmp_path: Path) -> None:
     options = SETTINGS["validating inside an accumulation"]
     stops = [SignalAt("validation batch", count) for count in (0, 1, 3)]
     assert_same_end(METHODS[0], tmp_path, stops, stopped=Terminated, **options)
+
+
+def test_slurms_warning_is_not_answered_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning would save a checkpoint of its own, requeue the job by itself, and train on."""
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
+    from lightning.pytorch.trainer.connectors import signal_connector
+
+    slurm = {
+        "NTASKS": 1,
+        "NTASKS_PER_NODE": 1,
+        "JOB_ID": 7,
+        "JOB_NAME": "train",
+        "PROCID": 0,
+        "LOCALID": 0,
+        "NODEID": 0,
+    }
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    requeued: list[Any] = []
+    monkeypatch.setattr(signal_connector, "call", requeued.append)
+    stop, environment = SignalAt("batch end", 4, signal.SIGUSR1), SLURMEnvironment(auto_requeue=True)
+    with pytest.raises(Terminated) as caught:
+        run(METHODS[0], tmp_path, [stop], max_epochs=1, plugins=[environment], default_root_dir=tmp_path)
+    assert caught.value.code == 138 and not requeued
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "previous.ckpt", "metrics.csv"}
