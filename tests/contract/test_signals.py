@@ -91,7 +91,7 @@ def test_within_a_validation_within_an_accumulation(tmp_path: Path) -> None:
 
 def test_slurms_warning_is_not_answered_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning would save a checkpoint of its own, requeue the job by itself, and train on."""
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.pytorch.trainer.connectors import signal_connector
 
     slurm = {
