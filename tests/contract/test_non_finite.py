@@ -153,6 +153,7 @@ def on_a_rank(folder: Path, gradient: bool, ranks: int, rank: int, port: int) ->
         (folder / f"{rank}.txt").write_text(str(error))
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("gradient", [False, True])
 def test_two_ranks_decide_alike(gradient: bool, tmp_path: Path) -> None:
     """One of them has the bad example; both skip, and both say which it was."""
