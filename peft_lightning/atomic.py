@@ -25,12 +25,13 @@ _LAST = ("adapter_config.json", "manifest.json")
 _STALE = 24 * 3600  # seconds
 
 
-def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+def atomic_write(path: str | Path, write: Callable[[BinaryIO], object], *, keep: str | None = None) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to the disk, then rename it over ``path``.
 
     Args:
         path: the file to replace; its folder is made if needed.
         write: receives a binary file open for writing.
+        keep: the name beside ``path`` under which what it held stays; None: it goes.
 
     Raises:
         OSError: if the disk refuses; ``path`` then still holds what it held, and the temporary file is gone.
@@ -38,6 +39,8 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     path = Path(path)
     temporary = _written(path, write)
     try:
+        if keep is not None and path.exists():
+            _keep(path, path.with_name(keep))
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -153,6 +156,17 @@ def _written(path: Path, write: Callable[[BinaryIO], object]) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return temporary
+
+
+def _keep(path: Path, kept: Path) -> None:
+    """Give a file a second name, which may be another file's; where the file system knows no links, only that one."""
+    link = _temporary(kept.parent, kept.name)
+    try:
+        os.link(path, link)
+    except OSError:
+        os.replace(path, kept)
+        return
+    os.replace(link, kept)
 
 
 def _left(folder: Path, name: str) -> list[Path]:

@@ -6,10 +6,9 @@ frozen; their parameters and persistent buffers (masks) are what a checkpoint ho
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 import lightning as L
@@ -19,14 +18,12 @@ from torch import Tensor, nn
 from peft_lightning.errors import PeftLightningError, UsageError
 from peft_lightning.files.manifest import FORMAT, MANIFEST_KEY
 from peft_lightning.files.strict import check_fingerprint, check_settings, check_tensors
+from peft_lightning.non_finite import REMEDY, FiniteGuard
 from peft_lightning.optimizer import adamw
 from peft_lightning.seeding import seeded_on_cpu, step_seed
 from peft_lightning.settings import OptimConfig, as_config
 
 __all__ = ["MethodModule"]
-
-_MOST_SKIPPED = 10
-_REMEDY = "lower optim.lr, raise optim.warmup or clip gradients (trainer.gradient_clip_val)"
 
 
 class MethodModule(L.LightningModule, ABC):
@@ -48,13 +45,15 @@ class MethodModule(L.LightningModule, ABC):
         self._recorded_fingerprint: Mapping[str, Any] | None = None
         self.run_config: dict[str, Any] = {}
         self._built = False
-        self.skipped_steps = self._skipped_in_a_row = 0
+        self.guard = FiniteGuard(self)
         self._totals: list[Tensor] = []
         self._weights: list[Tensor] = []
         self.record(optim=self.optim, seed=seed)
 
     # Settings that a checkpoint decides: other values beside it cannot be honoured, so they are refused.
-    fixed_by_file: tuple[str, ...] = ("optim",)
+    fixed_by_file: tuple[str, ...] = tuple(
+        f"optim.{f.name}" for f in fields(OptimConfig) if f.name not in ("non_finite", "keep_bad_batches")
+    )
 
     # -- what a method provides ------------------------------------------------------------------------------
 
@@ -151,11 +150,13 @@ class MethodModule(L.LightningModule, ABC):
         if not self.training:  # Lightning keeps the mode that it finds
             self.train()
         self._totals, self._weights = [], []  # a fit that was interrupted may have left some
+        self.guard.begin()
         self.trainer.fit_loop._load_combined_loader_states()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make dropout a function of (seed, epoch, batch, rank), so that a resumed run repeats it."""
         torch.manual_seed(step_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
+        self.guard.remember(batch, batch_idx)
 
     def normalised(self, total: Tensor, weight: Tensor, *, alike: bool = False) -> Tensor:
         """Loss of a micro-batch from its sum and its weight, such that gradients equal those of one large batch.
@@ -194,14 +195,15 @@ class MethodModule(L.LightningModule, ABC):
         every: int = getattr(self.trainer, "log_every_n_steps", 0)
         due, skips = bool(every) and step % every == 0, self.optim.non_finite == "skip"
         if due or skips or self.device.type == "cpu":  # elsewhere looking at a number makes the device wait
-            loss = float(self.trainer.strategy.reduce(totals.sum() / _or_one(weights.sum()), reduce_op="mean"))
-            if not math.isfinite(loss):
-                self._refuse_step(loss, step, optimizer)
-                return
-            self._skipped_in_a_row = 0
-            if due:
+            loss, finite = self.guard.looked(totals.sum() / _or_one(weights.sum()))
+            if not finite:
+                self.guard.refuse(loss, step, optimizer)
+                self._totals, self._weights = [], []  # of the look for the cause
+                self.write_log({"train/skipped_steps": float(self.skipped_steps)}, step)
+            elif due:
                 self.log("train/loss", loss, prog_bar=True, logger=False)
                 self.write_log({"train/loss": loss, "lr": optimizer.param_groups[0]["lr"]}, step)
+        self.guard.begin()
 
     def summed(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over all ranks, in place."""
@@ -209,22 +211,10 @@ class MethodModule(L.LightningModule, ABC):
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def _refuse_step(self, loss: float, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Stop, or see to it that the optimiser changes neither weights nor moments."""
-        self._skipped_in_a_row += 1
-        if self.optim.non_finite == "stop" or self._skipped_in_a_row >= _MOST_SKIPPED:
-            again = f" ({_MOST_SKIPPED} such steps in a row)" if self.optim.non_finite == "skip" else ""
-            raise PeftLightningError(
-                f"the training loss is {loss} at step {step}{again}; {_REMEDY}, or optim.non_finite skip"
-            )
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        for parameter in self.trainable_parameters().values():
-            if scaled and optimizer.defaults.get("fused") and parameter.grad is not None:
-                parameter.grad.fill_(torch.inf)  # which the scaler finds and passes over; it must find something
-            else:
-                parameter.grad = None
-        self.skipped_steps += 1
-        self.write_log({"train/skipped_steps": float(self.skipped_steps)}, step)
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped, for their loss or gradient was not finite."""
+        return self.guard.skipped
 
     def write_log(self, values: dict[str, float], step: int) -> None:
         """Write numbers to all loggers at once, before a checkpoint of the same step."""
@@ -258,7 +248,7 @@ class MethodModule(L.LightningModule, ABC):
         if bad:
             raise PeftLightningError(
                 f"training has diverged: {bad[0]} and {len(bad) - 1} other tensors are not finite at step "
-                f"{self.trainer.global_step}, nothing is saved; {_REMEDY}"
+                f"{self.trainer.global_step}, nothing is saved; {REMEDY}"
             )
         checkpoint["state_dict"] = state
         checkpoint[MANIFEST_KEY] = self.manifest()
@@ -286,13 +276,13 @@ class MethodModule(L.LightningModule, ABC):
             UsageError: names a setting that the file decides and that differs here.
         """
         self._recorded_fingerprint = checkpoint.get(MANIFEST_KEY, {}).get("backbone") or {}
-        self.skipped_steps = int(checkpoint.get("skipped_steps", 0))
+        self.guard.skipped = int(checkpoint.get("skipped_steps", 0))
         self.before_data(checkpoint)
         self.configure_model()
         self.identify(self.backbone_fingerprint)
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         recorded = checkpoint.get(MANIFEST_KEY, {}).get("hyper_parameters", {})
-        check_settings(recorded, self.hparams, [key for key in self.fixed_by_file if fitting or key != "optim"])
+        check_settings(recorded, self.hparams, [k for k in self.fixed_by_file if fitting or not k.startswith("optim")])
 
 
 def _or_one(weight: Tensor) -> Tensor:

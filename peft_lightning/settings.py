@@ -27,9 +27,11 @@ class OptimConfig:
         eps: Adam's epsilon.
         warmup: share of all optimizer steps over which the rate rises from 0.
         schedule: what follows the warm-up: linear or cosine to 0, or constant.
-        non_finite: what happens when a step's loss is not finite: stop (on a GPU when the loss is looked at next, every
-            trainer.log_every_n_steps), or skip (the step changes nothing and is counted; on a GPU every step then
-            waits for its loss; ten in a row stop).
+        non_finite: what happens when a step's loss or gradient is not finite: stop (on a GPU when the loss is looked at
+            next, every trainer.log_every_n_steps), or skip (the step changes nothing and is counted; on a GPU every
+            step then waits for its loss; ten in a row stop).
+        keep_bad_batches: whether the batches of such a step are written into the run's folder, as safetensors, the
+            first ten.
 
     Raises:
         UsageError: if a value is not allowed.
@@ -42,6 +44,7 @@ class OptimConfig:
     warmup: float = 0.1
     schedule: str = "linear"
     non_finite: str = "stop"
+    keep_bad_batches: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))

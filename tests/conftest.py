@@ -86,6 +86,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many runs were killed and had to end as if nothing had happened (tests/contract/test_kills.py)."""
+    passed = terminalreporter.stats.get("passed", [])
+    kills = sum(count for report in passed for name, count in report.user_properties if name == "kills")
+    if kills:
+        terminalreporter.write_line(f"kill -9: {kills} runs were killed, went on and ended in the same bits")
+
+
 @pytest.fixture
 def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return an empty folder that is this test's cache of encoded data."""

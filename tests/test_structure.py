@@ -26,7 +26,9 @@ PICTURE: dict[str, set[str]] = {
     "settings": set(),
     "optimizer": {"settings"},
     "seeding": set(),
-    "module": {"files", "settings", "optimizer", "seeding"},
+    "stopping": set(),
+    "non_finite": {"seeding"},
+    "module": {"files", "settings", "optimizer", "seeding", "non_finite"},
     "backbones": set(),
     "tasks": {"backbones", "layers"},
     "data": {"tasks"},
@@ -38,9 +40,9 @@ PICTURE: dict[str, set[str]] = {
     "loading": {"methods"},
     "exchange": {"loading", "analysis"},
     "analysis": {"methods"},
-    "callbacks": {"methods", "analysis"},
+    "callbacks": {"methods", "analysis", "stopping"},
     "study": {"methods", "data"},
-    "cli": {"study", "analysis", "callbacks", "data", "exchange"},
+    "cli": {"study", "analysis", "callbacks", "data", "exchange", "stopping"},
 }
 # Packages that only some areas may import.
 KEPT_TO: dict[str, set[str]] = {"jsonargparse": {"cli"}, "lightning.pytorch.cli": {"cli"}}

@@ -85,7 +85,7 @@ def test_only_rank_0_writes(ends: dict[int, Path]) -> None:
     files = {
         ranks: sorted(p.name for p in (ends[ranks] / f"{METHODS[0].__name__}-plain").iterdir()) for ranks in (1, 2)
     }
-    assert files[1] == files[2] == ["best.ckpt", "last.ckpt", "metrics.csv"]
+    assert files[1] == files[2] == ["best.ckpt", "last.ckpt", "metrics.csv", "previous.ckpt"]
 
 
 def fit_on_two(folder: Path) -> str:

@@ -1,17 +1,21 @@
-"""Checkpoints that survive: written at optimizer-step boundaries, atomically, with all that a resumed run needs.
+"""Checkpoints that survive: atomic, with a checksum, and with all that a resumed run needs.
 
-``last.ckpt`` holds a state from which the run goes on as if nothing had happened; ``best.ckpt`` holds the weights with
-the best validation metric: the highest, or the lowest where the metric is a loss. SIGTERM, or Ctrl-C,
-waits for the next boundary, saves and ends the process; a second Ctrl-C ends it at once.
+``last.ckpt`` holds a state from which the run goes on as if nothing had happened, ``previous.ckpt`` the one before, and
+``best.ckpt`` the weights with the best validation metric: the highest, or the lowest where the metric is a loss. States
+are those between two optimizer steps: one that is saved within an accumulation is that from before it.
+
+SIGTERM, SLURM's SIGUSR1 and Ctrl-C wait for the next such moment, save and end the process; a second Ctrl-C ends it at
+once. What may take long does not make them wait: before a validation the state is saved, so that it can be left; and
+within a long accumulation they are looked for as well.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +23,18 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops.evaluation_loop import RestartStage
 
-from peft_lightning.atomic import atomic_write
+from peft_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from peft_lightning.callbacks.log import MetricsCSV
-from peft_lightning.errors import CheckpointError, UsageError
+from peft_lightning.errors import UsageError
+from peft_lightning.files.latest import LAST, is_whole
+from peft_lightning.stopping import SIGNALS, Terminated, take_over
 
-__all__ = ["AtomicCheckpointIO", "RunCheckpoint", "Terminated"]
+__all__ = ["RunCheckpoint"]
 
-
-class Terminated(SystemExit):
-    """The process was asked to end and has saved its state."""
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the old file, syncs to the disk, renames; reads tensors and plain containers only."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write ``checkpoint``; if the disk refuses, the previous file stays.
-
-        Raises:
-            CheckpointError: says why nothing was written.
-        """
-        try:
-            atomic_write(path, lambda file: torch.save(checkpoint, file))
-        except (OSError, RuntimeError) as error:
-            kept = "the previous one is unchanged" if Path(path).exists() else "there was none before"
-            raise CheckpointError(f"{path}: cannot save the checkpoint ({error}); {kept}") from error
+# Micro-batches of an accumulation between two looks for a signal, for which all ranks wait for each other.
+_LOOK = 8
 
 
 class RunCheckpoint(Checkpoint):
@@ -52,7 +42,8 @@ class RunCheckpoint(Checkpoint):
 
     Args:
         folder: the run's folder.
-        every_n_steps: optimizer steps between two saves of ``last.ckpt``; validation ends save it too.
+        every_n_steps: optimizer steps between two saves of ``last.ckpt``; before and after a validation it is saved
+            too.
         monitor: metric for ``best.ckpt``, the higher the better, unless its name ends in ``loss``; by default the
             task's first metric, or in pretraining the loss.
 
@@ -72,16 +63,20 @@ class RunCheckpoint(Checkpoint):
         self._signal: int | None = None
         self._saved_step = -1
         self._restored: dict[str, Any] | None = None
+        self._boundary: dict[str, Any] | None = None
+        self._validation_due = self._may_leave = False
+        self._trainer: L.Trainer | None = None
 
     # -- what a checkpoint remembers of the run's folder -------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Best score so far, the length of the log, and the last validation's metrics."""
+        """Best score so far, the length of the log, the last validation's metrics, and whether one comes next."""
         return {
             "best_score": self.best_score,
             "best_step": self.best_step,
             "log_rows": self._log_rows,
             "metrics": self._metrics,
+            "validation_due": self._validation_due,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -105,43 +100,66 @@ class RunCheckpoint(Checkpoint):
         self._metrics: dict[str, float] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Cut the log back to the checkpoint; a best score counts only with its file."""
-        if not trainer.strategy.broadcast((self.folder / "best.ckpt").exists()):
+        """Cut the log back to the checkpoint; a best score counts only with its file, undamaged."""
+        if not trainer.strategy.broadcast(is_whole(self.folder / "best.ckpt") if trainer.is_global_zero else None):
             self.best_score, self.best_step = None, -1
         for log in self._logs(trainer):
             log.cut(self._restored["log_rows"] if self._restored else 0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take SIGTERM and Ctrl-C over from Lightning, which would end inside an accumulation, until the end.
+        """Take signals over from Lightning, which would end inside an accumulation, until the end.
 
-        And let callbacks that look at the last validation, such as early stopping, see it again.
+        And let callbacks that look at the last validation, such as early stopping, see it again; or begin with the
+        validation that the checkpoint was saved before.
         """
-        metrics = (self._restored or {}).get("metrics", {})
+        restored = self._restored or {}
+        metrics = restored.get("metrics", {})
         trainer._logger_connector._callback_metrics.update({name: torch.tensor(v) for name, v in metrics.items()})
         self._metrics, self._restored = dict(metrics), None
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
-            signal.signal(signal.SIGTERM, self._remember_signal)
-            signal.signal(signal.SIGINT, self._remember_signal)
+        if restored.get("validation_due"):
+            trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+        self._trainer, self._signal, self._boundary, self._saved_step = trainer, None, None, -1
+        take_over((*SIGNALS, signal.SIGINT), self._remember_signal)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save at an optimizer-step boundary, when it is time or when a signal came."""
         loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate():
-            return
         if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
-            return  # a state saved now would skip the validation that is due; it is saved when that ends
+            return  # a state saved now would skip the validation that is due; it is saved when that begins
+        if loop._should_accumulate():
+            looks = trainer.world_size == 1 or loop.batch_progress.current.ready % _LOOK == 0
+            if looks and self._asked_to_stop(trainer):
+                self._save_last(trainer)
+                self._leave(trainer)
+            return
+        self._remember_boundary(trainer)
         stop = self._asked_to_stop(trainer)
         if stop or trainer.global_step % self.every_n_steps == 0:
             self._save_last(trainer)
         if stop:
             self._leave(trainer)
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what a run that ends in this validation goes on from, and let signals end it."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        # Lightning resumes no run that has all its steps, so the last validation is one with those before it.
+        if trainer.max_steps == -1 or trainer.global_step < trainer.max_steps:
+            self._validation_due = not trainer.fit_loop.epoch_loop._should_accumulate()
+            self._remember_boundary(trainer)
+            self._save_last(trainer)
+            self._validation_due = False
+        self._may_leave = True
+        if self._signal is not None:
+            self._leave(trainer)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save, and keep the weights if they are the best so far."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        self._may_leave = False
         self._metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
         score = trainer.callback_metrics.get(str(self.monitor))
         if score is not None and self._is_better(float(score)):
@@ -149,6 +167,7 @@ class RunCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return  # in the middle of an optimizer step: its gradients so far are in no checkpoint
+        self._remember_boundary(trainer)
         self._save_last(trainer)
         if self._asked_to_stop(trainer):
             self._leave(trainer)
@@ -158,6 +177,12 @@ class RunCheckpoint(Checkpoint):
         if self._saved_step != trainer.global_step:
             self._save_last(trainer)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Pass a signal on to the processes that this one started."""
+        kill = getattr(trainer.strategy.launcher, "kill", None)
+        if isinstance(exception, Terminated) and kill is not None:
+            kill(exception.number)
+
     def _is_better(self, score: float) -> bool:
         if self.best_score is None:
             return not math.isnan(score)
@@ -165,17 +190,39 @@ class RunCheckpoint(Checkpoint):
 
     # -- parts -------------------------------------------------------------------------------------------------
 
+    def _remember_boundary(self, trainer: L.Trainer) -> None:
+        """Keep what of a state changes within an accumulation; weights and optimizer do not."""
+        if trainer.accumulate_grad_batches == 1 or trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        self._count_rows(trainer)
+        states = {c.state_key: state for c in trainer.callbacks if (state := c.state_dict())}  # type: ignore[attr-defined]
+        loops = trainer._checkpoint_connector._get_loops_state_dict()
+        self._boundary = copy.deepcopy({"loops": loops, "callbacks": states})
+
     def _save_last(self, trainer: L.Trainer) -> None:
+        within = trainer.fit_loop.epoch_loop._should_accumulate()
+        if within and (self._boundary is None or self._saved_step == trainer.global_step):
+            return  # what this fit began with, or what is saved already
+        self._count_rows(trainer)
         for log in self._logs(trainer):
             log.sync()
-            self._log_rows = len(log.read()) if trainer.is_global_zero else 0
-        trainer.save_checkpoint(self.folder / "last.ckpt")
+        content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        if within and self._boundary is not None:
+            content.update(self._boundary)
+        trainer.strategy.save_checkpoint(content, self.folder / LAST)
+        trainer.strategy.barrier("RunCheckpoint")
         self._saved_step = trainer.global_step
 
-    def _remember_signal(self, number: int, frame: Any) -> None:
+    def _count_rows(self, trainer: L.Trainer) -> None:
+        for log in self._logs(trainer):
+            self._log_rows = log.rows
+
+    def _remember_signal(self, number: int) -> None:
         if number == self._signal == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: at once
         self._signal = number
+        if self._may_leave and self._trainer is not None:
+            self._leave(self._trainer)
         again = "; once more ends it at once" if number == signal.SIGINT else ""
         os.write(2, f"\n{signal.Signals(number).name}: ends after this optimizer step and saves{again}\n".encode())
 
@@ -186,9 +233,10 @@ class RunCheckpoint(Checkpoint):
     def _leave(self, trainer: L.Trainer) -> None:
         number = signal.Signals(self._signal or signal.SIGTERM)
         if trainer.is_global_zero:
-            last = self.folder / "last.ckpt"
-            sys.stderr.write(f"\nstopped by {number.name} after step {trainer.global_step}, all is in {last}\n")
-        raise Terminated(128 + number)
+            saved = f"all to step {self._saved_step} is in" if self._saved_step >= 0 else "nothing is newer than"
+            where = f"after step {trainer.global_step}, {saved} {self.folder / LAST}"
+            sys.stderr.write(f"\nstopped by {number.name} {where}\n")
+        raise Terminated(number)
 
     @staticmethod
     def _logs(trainer: L.Trainer) -> list[MetricsCSV]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from peft_lightning.atomic import atomic_write
+from peft_lightning.errors import PeftLightningError
 
 __all__ = ["MetricsCSV"]
 
@@ -30,6 +32,7 @@ class MetricsCSV(Logger):
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
+        self._rows: int | None = None
 
     @property
     def name(self) -> str:
@@ -59,33 +62,61 @@ class MetricsCSV(Logger):
         whole = text[: text.rfind("\n") + 1]  # a killed process may have left half a line
         return [{k: v for k, v in row.items() if v} for row in csv.DictReader(io.StringIO(whole))]
 
+    @property
+    def rows(self) -> int:
+        """How many complete rows there are."""
+        if self._rows is None:
+            self._rows = len(self.read())
+        return self._rows
+
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Nothing: config.yaml holds them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a row; a new column rewrites the file once."""
+        """Append a row; a new column rewrites the file once.
+
+        Raises:
+            PeftLightningError: if the disk refuses.
+        """
         row = {"step": str(step), **{name: repr(float(value)) for name, value in metrics.items()}}
-        columns = self._columns()
-        if not set(row) <= set(columns):
-            self._write([*self.read(), row])
-            return
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, columns, lineterminator="\n").writerow(row)
+        with self._failing_clearly():
+            rows, columns = self.rows, self._columns()
+            if not set(row) <= set(columns):
+                self._write([*self.read(), row])
+            else:
+                with open(self.path, "a", encoding="utf-8", newline="") as file:
+                    csv.DictWriter(file, columns, lineterminator="\n").writerow(row)
+            self._rows = rows + 1
 
     @rank_zero_only
     def cut(self, rows: int) -> None:
-        """Keep the first ``rows`` rows only."""
-        if self.path.exists():
-            self._write(self.read()[:rows])
+        """Keep the first ``rows`` rows only.
+
+        Raises:
+            PeftLightningError: if the disk refuses.
+        """
+        with self._failing_clearly():
+            kept = self.read()[:rows]
+            if self.path.exists():
+                self._write(kept)
+            self._rows = len(kept)
 
     @rank_zero_only
     def sync(self) -> None:
         """Make sure that the rows are on the disk."""
-        if self.path.exists():
-            with open(self.path, "rb") as file:
-                os.fsync(file.fileno())
+        with self._failing_clearly():
+            if self.path.exists():
+                with open(self.path, "rb") as file:
+                    os.fsync(file.fileno())
+
+    @contextmanager
+    def _failing_clearly(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise PeftLightningError(f"{self.path}: cannot be written ({error.strerror}); training stops") from error
 
     def _columns(self) -> list[str]:
         if not self.path.exists():

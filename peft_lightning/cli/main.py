@@ -1,4 +1,7 @@
-"""Entry point: turns failures into one line and an exit status (0 good, 1 failed, 2 wrong usage)."""
+"""Entry point: turns failures into one line and an exit status.
+
+0 good, 1 failed, 2 wrong usage; 143 ended by SIGTERM, 138 by SIGUSR1, 130 by Ctrl-C (peft_lightning/stopping).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import os
 import re
 import sys
 import warnings
+
+from peft_lightning.stopping import ends_on_signals
 
 __all__ = ["main"]
 
@@ -48,34 +53,39 @@ def main(arguments: list[str] | None = None) -> None:
     if words[0] in _TRAINER or not {"-h", "--help"} & set(words):
         _quieten()
     try:
-        if words[0] in _TOOLS:
-            from peft_lightning.cli.tools import run_tool
-
-            run_tool(words)
-        elif words[0] == "merge":
-            from peft_lightning.cli.merge import run_merge
-
-            run_merge(words)
-        elif words[0] == "probe":
-            from peft_lightning.cli.probe import run_probe
-
-            run_probe(words)
-        elif words[0] == "study":
-            from peft_lightning.cli.study import run_study_command
-
-            run_study_command(words)
-        elif words[0] == "importance":
-            from peft_lightning.cli.importance import run_importance
-
-            run_importance(words)
-        else:
-            from peft_lightning.cli.trainer import run
-
-            run(words)
+        with ends_on_signals():
+            _run(words)
     except Exception as error:
         if debug:
             raise
         _fail(*_explain(error))
+
+
+def _run(words: list[str]) -> None:
+    if words[0] in _TOOLS:
+        from peft_lightning.cli.tools import run_tool
+
+        run_tool(words)
+    elif words[0] == "merge":
+        from peft_lightning.cli.merge import run_merge
+
+        run_merge(words)
+    elif words[0] == "probe":
+        from peft_lightning.cli.probe import run_probe
+
+        run_probe(words)
+    elif words[0] == "study":
+        from peft_lightning.cli.study import run_study_command
+
+        run_study_command(words)
+    elif words[0] == "importance":
+        from peft_lightning.cli.importance import run_importance
+
+        run_importance(words)
+    else:
+        from peft_lightning.cli.trainer import run
+
+        run(words)
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -23,13 +23,15 @@ import peft_lightning.data.supervised
 import peft_lightning.methods  # noqa: F401
 from peft_lightning.atomic import atomic_write, atomic_write_together
 from peft_lightning.backbones.build import BackboneConfig
-from peft_lightning.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
+from peft_lightning.callbacks.checkpoint import RunCheckpoint
+from peft_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.callbacks.progress import ProgressLine
 from peft_lightning.callbacks.report import Report
 from peft_lightning.callbacks.throughput import Throughput
 from peft_lightning.cli.drawing import draw_decisions
 from peft_lightning.cli.recorded import joined, option, refuse_linked, with_recorded_settings, with_texts
+from peft_lightning.cli.resuming import RESUME, checkpoint_to_resume
 from peft_lightning.cli.zero_shot import check_zero_shot, require_checkpoint
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
@@ -50,7 +52,7 @@ class TrainerCLI(LightningCLI):
             "--resume",
             type=str | None,
             default=None,
-            help="'auto': go on from the run folder's last checkpoint",
+            help="'auto': go on from the run folder's last checkpoint; 'changed': so too with other settings",
         )
         parser.add_argument("--zero_shot", type=bool, default=False, help="true: a model that nothing has trained")
         parser.add_argument("--save_every_n_steps", type=int, default=200, help="optimizer steps between checkpoints")
@@ -96,10 +98,10 @@ class TrainerCLI(LightningCLI):
             options.ckpt_path = None
             return
         folder = Path(options.run_dir)
-        if options.resume not in (None, "auto"):
-            raise UsageError(f"--resume = {options.resume!r}: must be 'auto'")
+        if options.resume not in (None, *RESUME):
+            raise UsageError(f"--resume = {options.resume!r}: must be {' or '.join(map(repr, RESUME))}")
         if options.resume and options.ckpt_path:
-            raise UsageError("--resume auto and --ckpt_path: give one of them")
+            raise UsageError(f"--resume {options.resume} and --ckpt_path: give one of them")
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"--run_dir = {folder}: is a file; must be a folder")
         # A run that failed before its first checkpoint leaves its configuration only: nothing to protect.
@@ -110,10 +112,9 @@ class TrainerCLI(LightningCLI):
             raise UsageError(
                 f"--run_dir = {folder}: exists already; add --resume auto to go on with it, or name another folder"
             )
-        last = folder / "last.ckpt"
-        if options.resume and last.exists():
-            self._refuse_other_configuration(folder)
-            options.ckpt_path = str(last)
+        if options.resume:
+            last = checkpoint_to_resume(folder, self._effective(), options.resume, speaks=_first_rank())
+            options.ckpt_path = None if last is None else str(last)
 
     def _effective(self) -> dict[str, Any]:
         parser = self._parser(self.subcommand)
@@ -123,22 +124,6 @@ class TrainerCLI(LightningCLI):
         return {
             key: value for key, value in config.items() if key not in ("ckpt_path", "resume", "config", "zero_shot")
         }
-
-    def _refuse_other_configuration(self, folder: Path) -> None:
-        saved = folder / "config.yaml"
-        if not saved.exists():
-            return
-        before, now = (_flat(config) for config in (yaml.safe_load(saved.read_text()), self._effective()))
-        changed = [
-            f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
-            for key in sorted({*before, *now})
-            if before.get(key) != now.get(key) and key != "run_dir"
-        ]
-        if changed:
-            raise UsageError(
-                f"--resume auto: the run in {folder} was started with other settings ({'; '.join(changed)}); "
-                "use the same ones, or another --run_dir"
-            )
 
     # -- the trainer -------------------------------------------------------------------------------------------
 
@@ -286,11 +271,3 @@ def _task_name(task: Any) -> str:
 
 def _first_rank() -> bool:
     return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(config, dict):
-        return {prefix: config}
-    return {
-        k: v for key, value in config.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()
-    }

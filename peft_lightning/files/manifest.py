@@ -1,8 +1,8 @@
 """What our files say of themselves, and how they are read.
 
-A checkpoint (``.ckpt``) holds tensors and plain containers and is read with ``weights_only=True``. An exported adapter
-is a folder of ``adapter.safetensors`` and ``manifest.json`` with the SHA-256 of the former; tensors with masks are
-packed there (files/packed).
+A checkpoint (``.ckpt``) holds tensors and plain containers and is read with ``weights_only=True``, if its SHA-256
+(files/checksum) is right. An exported adapter is a folder of ``adapter.safetensors`` and ``manifest.json`` with the
+SHA-256 of the former; tensors with masks are packed there (files/packed).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from peft_lightning.atomic import atomic_write_together
 from peft_lightning.errors import CheckpointError
+from peft_lightning.files.checksum import verify
 from peft_lightning.files.packed import pack, unpack
 
 __all__ = ["FORMAT", "MANIFEST_KEY", "read_file", "write_adapter"]
@@ -65,6 +66,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
+    verify(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file: all mean the same to the user

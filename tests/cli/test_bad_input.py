@@ -83,7 +83,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "unknown method": (["--model.class_path", "SparseAdaptorModule"], "SparseAdaptorModule"),
     "another class": (["--model.class_path", "os.system"], r"os\.system"),
     "class weights": (["--model.init_args.class_weights", "[1,2,3]"], "must be 2 numbers"),
-    "resume": (["--resume", "always"], "--resume = 'always': must be 'auto'"),
+    "resume": (["--resume", "always"], "--resume = 'always': must be 'auto' or 'changed'"),
     "not a number for the trainer": (["--trainer.max_epochs", "x"], r"trainer\.max_epochs.*<class 'int'>.*x"),
     "no devices": (["--trainer.devices", "0"], "devices=.0."),
     "accumulation": (["--trainer.accumulate_grad_batches", "0"], r"accumulate_grad_batches = 0: must be at least 1"),
@@ -342,7 +342,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(
 
     def full(content: Any, file: Any, *args: Any, **options: Any) -> None:
         calls[0] += 1
-        if calls[0] > 2:  # the first step writes best.ckpt and last.ckpt
+        if calls[0] > 3:  # the first step writes last.ckpt, best.ckpt and last.ckpt
             file.write(b"half")
             raise OSError(28, "No space left on device")
         real(content, file, *args, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ class StopAt(L.Callback):
     def on_validation_start(self, *args: Any) -> None:
         self._tick("validation start")
 
+    def on_validation_batch_start(self, *args: Any) -> None:
+        self._tick("validation batch")
+
     def on_validation_end(self, *args: Any) -> None:
         self._tick("validation end")
 
@@ -61,10 +65,12 @@ def run(method: type[MethodModule], folder: Path, stops: list[L.Callback], **opt
     return module, fit
 
 
-def assert_same_end(method: type[MethodModule], tmp_path: Path, stops: list[L.Callback], **options: Any) -> None:
+def assert_same_end(
+    method: type[MethodModule], tmp_path: Path, stops: Sequence[L.Callback], stopped: Any = Stop, **options: Any
+) -> None:
     whole, fit = run(method, tmp_path / "whole", [], **options)
     for stop in stops:
-        with pytest.raises(Stop):
+        with pytest.raises(stopped):
             run(method, tmp_path / "parts", [stop], **options)
     parts, resumed = run(method, tmp_path / "parts", [], **options)
     assert resumed.global_step == fit.global_step and resumed.current_epoch == fit.current_epoch
@@ -114,7 +120,7 @@ def test_stopped_at_every_batch(
     assert_same_end(method, tmp_path, [StopAt(where, count)], **SETTINGS[setting])
 
 
-@pytest.mark.parametrize("where", ["validation start", "validation end"])
+@pytest.mark.parametrize("where", ["validation start", "validation batch", "validation end"])
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "by steps"])
 def test_stopped_at_a_validation(setting: str, where: str, tmp_path: Path) -> None:
     assert_same_end(METHODS[0], tmp_path, [StopAt(where, 1)], **SETTINGS[setting])

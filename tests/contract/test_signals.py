@@ -1,0 +1,114 @@
+"""SIGTERM, SLURM's SIGUSR1 and Ctrl-C save and end the process wherever they come, and the run goes on from there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peft_lightning.module import MethodModule
+from peft_lightning.stopping import Terminated
+from tests.contract.test_resume import SETTINGS, StopAt, assert_same_end, run
+from tests.toy import METHODS
+
+EVERY = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
+
+
+class SignalAt(StopAt):
+    """Sends this process a signal at a micro-batch, or where a validation begins, goes on or ends."""
+
+    def __init__(self, where: str, count: int, number: int = signal.SIGTERM) -> None:
+        super().__init__(where, count)
+        self.number = number
+
+    def _tick(self, where: str) -> None:
+        if where == self.where:
+            self.count -= 1
+            if self.count == -1:
+                os.kill(os.getpid(), self.number)
+
+
+@EVERY
+def test_signalled_and_gone_on(method: type[MethodModule], tmp_path: Path) -> None:
+    stops = [SignalAt("batch start", 7), SignalAt("validation batch", 1, signal.SIGUSR1)]
+    assert_same_end(method, tmp_path, stops, stopped=Terminated, **SETTINGS["accumulating"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["validation start", "validation batch", "validation end"])
+@pytest.mark.parametrize("setting", list(SETTINGS))
+def test_signalled_in_a_validation(setting: str, where: str, tmp_path: Path) -> None:
+    count = 3 if where == "validation batch" else 1  # of the second validation
+    assert_same_end(METHODS[0], tmp_path, [SignalAt(where, count)], stopped=Terminated, **SETTINGS[setting])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_the_status_says_which_signal(number: signal.Signals, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(Terminated) as caught:
+        run(METHODS[0], tmp_path, [SignalAt("batch end", 4, number)], max_epochs=1)
+    assert caught.value.code == 128 + number
+    last = tmp_path / "last.ckpt"
+    assert f"stopped by {number.name} after step 5, all to step 5 is in {last}" in capsys.readouterr().err
+    assert torch.load(last, weights_only=True)["global_step"] == 5
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # as it was before the fit
+
+
+class Slow(SignalAt):
+    """Every micro-batch takes a while."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        time.sleep(0.05)
+        super().on_train_batch_end(*args)
+
+
+@pytest.mark.parametrize("method", [METHODS[0], *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:])])
+@pytest.mark.parametrize("count", [3, 13])
+def test_a_long_accumulation_is_not_waited_for(method: type[MethodModule], count: int, tmp_path: Path) -> None:
+    """One optimizer step an epoch of 9 or 10 micro-batches; only the gradients of those since are lost."""
+    options: dict[str, Any] = {"max_epochs": 3, "accumulate_grad_batches": 10}
+    begun = time.monotonic()
+    stop = Slow("batch start", count)
+    with pytest.raises(Terminated):
+        run(method, tmp_path / "parts", [stop], **options)
+    assert time.monotonic() - begun < 30
+    assert stop.count == -1  # no micro-batch began after the one that the signal came in
+    last = tmp_path / "parts" / "last.ckpt"
+    assert last.exists() == (count == 13)  # in the first accumulation there is nothing to save
+    assert not last.exists() or torch.load(last, weights_only=True)["global_step"] == 1
+    assert_same_end(method, tmp_path, [], **options)
+
+
+def test_within_a_validation_within_an_accumulation(tmp_path: Path) -> None:
+    options = SETTINGS["validating inside an accumulation"]
+    stops = [SignalAt("validation batch", count) for count in (0, 1, 3)]
+    assert_same_end(METHODS[0], tmp_path, stops, stopped=Terminated, **options)
+
+
+def test_slurms_warning_is_not_answered_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning would save a checkpoint of its own, requeue the job by itself, and train on."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.pytorch.trainer.connectors import signal_connector
+
+    slurm = {
+        "NTASKS": 1,
+        "NTASKS_PER_NODE": 1,
+        "JOB_ID": 7,
+        "JOB_NAME": "train",
+        "PROCID": 0,
+        "LOCALID": 0,
+        "NODEID": 0,
+    }
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    requeued: list[Any] = []
+    monkeypatch.setattr(signal_connector, "call", requeued.append)
+    stop, environment = SignalAt("batch end", 4, signal.SIGUSR1), SLURMEnvironment(auto_requeue=True)
+    with pytest.raises(Terminated) as caught:
+        run(METHODS[0], tmp_path, [stop], max_epochs=1, plugins=[environment], default_root_dir=tmp_path)
+    assert caught.value.code == 138 and not requeued
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "previous.ckpt", "metrics.csv"}

@@ -1,0 +1,95 @@
+"""A signal where nothing is trained yet ends the process at once, cleanly, with a status that says which one it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peft_lightning.methods.mera as mera
+from peft_lightning.cli.main import main
+from peft_lightning.data.loader import Loader
+from peft_lightning.methods import MerAModule, PruneLoRAModule, SparseAdapterModule
+from peft_lightning.stopping import SIGNALS, Terminated, ends_on_signals
+from tests.cli.test_bad_input import FIT
+from tests.contract.test_resume import assert_same_end, run
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_status_and_what_handled_it_before(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Terminated) as caught, ends_on_signals():
+        os.kill(os.getpid(), number)
+    assert caught.value.code == 128 + number == {"SIGTERM": 143, "SIGUSR1": 138}[number.name]
+    assert signal.getsignal(number) == before
+    assert f"stopped by {number.name}: nothing was trained that could be lost" in capsys.readouterr().err
+
+
+def test_a_process_that_was_forked_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with ends_on_signals():
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 143
+    assert capfd.readouterr().err == ""
+
+
+def test_elsewhere_than_in_the_main_thread_nothing_is_touched() -> None:
+    import threading
+
+    def inside() -> None:
+        with ends_on_signals():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    found: list[Any] = []
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert found == [before]
+
+
+def asked(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """Have the process asked to end when a function is called, or what it gives is read."""
+    function = getattr(owner, name)
+
+    def asking(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **options)
+
+    patch.setattr(owner, name, asking)
+
+
+@pytest.mark.parametrize(
+    ("method", "owner", "name"),
+    [
+        pytest.param(SparseAdapterModule, Loader, "__iter__", id="scoring"),
+        pytest.param(PruneLoRAModule, Loader, "__iter__", id="measuring"),
+        pytest.param(MerAModule, Loader, "__iter__", id="reading for a merge"),
+        pytest.param(MerAModule, mera, "merge_adapters", id="merging"),
+        pytest.param(SparseAdapterModule, os, "fsync", id="caching"),
+    ],
+)
+def test_before_the_first_step(method: Any, owner: Any, name: str, tmp_path: Path, cache_dir: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Terminated), ends_on_signals():
+        asked(patch, owner, name)
+        run(method, tmp_path / "parts", [], max_epochs=1)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert_same_end(method, tmp_path, [], max_epochs=1)
+
+
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["peft-lightning"])
+    words = [*FIT, "--run_dir", str(tmp_path / "run")]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
+        asked(patch, Loader, "__iter__")
+        main(words)
+    assert caught.value.code == 143
+    assert "Traceback" not in capsys.readouterr().err
+    main(words)  # what was left is in nobody's way
+    assert (tmp_path / "run" / "report.json").exists()
