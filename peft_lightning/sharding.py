@@ -37,7 +37,7 @@ def whole(tensor: Tensor, *, keep: bool = True) -> Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    gathered = tensor.detach().full_tensor()
+    gathered = cast(DTensor, tensor.detach()).full_tensor()
     return gathered.cpu() if keep else gathered.new_empty(0, device="cpu")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -68,5 +69,6 @@ class FineTuneModule(TaskModule):
 
     def sharded_blocks(self) -> Iterator[tuple[nn.Module, str]]:
         """The transformer's layers; each computes by its forward pass."""
-        for path in family_of(self.backbone.config.model_type).layers(self.backbone.config):
+        config: Any = self.backbone.config
+        for path in family_of(config.model_type).layers(config):
             yield self.backbone.get_submodule(path), "forward"
