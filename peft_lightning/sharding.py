@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from peft_lightning.errors import UsageError
 
-__all__ = ["ShardedStrategy", "check_machine", "whole"]
+__all__ = ["ShardedStrategy", "check_machine", "shard", "whole"]
 
 
 def whole(tensor: Tensor, *, keep: bool = True) -> Tensor:
@@ -112,7 +112,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Cut the module up, unless a trainer has done so before."""
         module: Any = self.lightning_module
         if "_sharded" not in vars(module):
-            module._sharded = (_shard(module, self.device_mesh["data_parallel"]),)  # in a tuple: no submodule
+            module._sharded = (shard(module, self.device_mesh["data_parallel"]),)  # in a tuple: no submodule
         super().setup(trainer)
         # Gathered weights may not be inference tensors, which nothing could train on afterwards.
         for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
@@ -183,14 +183,22 @@ class ShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict({**state, "state": moments})
 
 
-def _shard(module: Any, mesh: DeviceMesh) -> _Whole:
-    """Cut up each block, then all the rest together: embeddings and head stay at hand during a step."""
+def shard(module: Any, mesh: DeviceMesh) -> nn.Module:
+    """Cut a module up: each block, then all the rest together, so that embeddings and head are at hand during a step.
+
+    Args:
+        module: built, with ``sharded_blocks``.
+        mesh: of one dimension: the ranks.
+
+    Returns:
+        What gathers: call it with a step and the step's arguments.
+    """
     for block, method in module.sharded_blocks():
         fully_shard(block, mesh=mesh)
         if method != "forward":  # which is known to be one
             register_fsdp_forward_method(block, method)
     # always cut up between steps, so that saving and the optimiser see the same tensors after a validation too
-    return cast(_Whole, fully_shard(_Whole(module.declared()), mesh=mesh, reshard_after_forward=True))
+    return cast(nn.Module, fully_shard(_Whole(module.declared()), mesh=mesh, reshard_after_forward=True))
 
 
 def _whole_or(value: Any, keep: bool) -> Any:

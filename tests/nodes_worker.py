@@ -55,7 +55,7 @@ def fill(folder: Path) -> None:
         time.sleep(0.01)
     options = {"cache_dir": str(folder / "cache")}
     TaskDataModule(task="toy_sentiment", tokenizer="toy", **options).setup("fit")
-    MLMDataModule(inputs=str(folder / "text.txt"), vocab_size=200, block_size=16, held_out=0.2, **options).setup("fit")
+    MLMDataModule(inputs=str(folder / "text.txt"), vocab_size=300, block_size=16, held_out=0.2, **options).setup("fit")
     (folder / own).write_text("\n".join(built))
 
 
