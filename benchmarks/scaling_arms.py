@@ -40,14 +40,8 @@ __all__ = ["ARMS", "Arm", "build_arm", "load_of"]
 # what trains -> passes of products in a step, over one forward pass
 _ALL, _PART = 3.0, 2.0
 ARMS = (
-    "FineTune",
-    "FineTune-fsdp2",
-    "SparseAdapter",
-    "PruneLoRA",
-    "MerA",
-    "Fusion",
-    "SCTDPretrain",
-    "SCTDPretrain-fsdp2",
+    *("FineTune", "FineTune-fsdp2", "SparseAdapter", "PruneLoRA", "MerA", "Fusion"),
+    *("SCTDPretrain", "SCTDPretrain-fsdp2"),
 )
 _TASK = "toy_pairs"
 
@@ -107,11 +101,11 @@ def _task_module(method: str, shape: str, tiny: bool) -> TaskModule:
             else:
                 module = MerAModule(task=_TASK, backbone=model, sources=sources, merge=MergeConfig(preset="avg"))
                 module.merge_sources()
-        return module  # type: ignore[no-any-return]
+        return module
     module.configure_model()
     if method == "SparseAdapter":
         module.install_masks(())
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def _sources(folder: Path, model: BackboneConfig) -> Iterator[str]:
@@ -128,7 +122,7 @@ def _sources(folder: Path, model: BackboneConfig) -> Iterator[str]:
 def load_of(arm: Arm) -> Load:
     """What a step of an arm computes on a rank, and what is summed over ranks."""
     module: Any = arm.module
-    config = (module.model if isinstance(module, SCTDPretrainModule) else module.backbone).config
+    config: Any = (module.model if isinstance(module, SCTDPretrainModule) else module.backbone).config
     shape = EncoderShape(
         layers=config.num_hidden_layers,
         width=config.hidden_size,

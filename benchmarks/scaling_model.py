@@ -50,8 +50,8 @@ class Load:
     passes: int = 2
 
 
-# An A100 has 312 TFLOP/s in bfloat16, of which models of this size reach about a third, and 300 GB/s each way by NVLink.
-# Eight HDR links of 200 Gb/s leave a good node, one Ethernet of 100 Gb/s a cheap one. Assumed, not measured.
+# An A100 has 312 TFLOP/s in bfloat16, of which models of this size reach about a third, and 300 GB/s each way in its
+# node. Eight HDR links of 200 Gb/s leave a good node, one Ethernet of 100 Gb/s a cheap one. Assumed, not measured.
 _A100 = {"devices": 8, "flops": 0.35 * 312e12, "inside": 300e9, "latency": 1e-5}
 MACHINES = {
     "infiniband": Machine(title="8 A100, 8 x 200 Gb/s between nodes", between=8 * 25e9, **_A100),  # type: ignore[arg-type]

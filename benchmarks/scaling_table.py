@@ -92,12 +92,14 @@ def _context(record: RunRecord) -> str:
     environment, config = record.environment, record.config
     changes = " with changes" if environment["dirty"] else ""
     return (
-        f"On paper: a {config['paper_shape']} with {config['paper_rows']} rows of each device (64 tokens; SCTD 128, its "
-        "dropping step), bfloat16, gradients in float32; speeds of machines are assumed (`benchmarks/scaling_model.py`). "
-        "Steps per second with no and with all sending hidden behind computing, in brackets the least efficiency over one "
-        f"device. Measured: a {config['shape']}, {config['rows']} rows of each process, one thread each, over gloo; "
+        f"On paper: a {config['paper_shape']} with {config['paper_rows']} rows of each device (64 tokens; SCTD 128, "
+        "its dropping step), bfloat16, gradients in float32; speeds of machines are assumed "
+        "(`benchmarks/scaling_model.py`). Steps per second with no and with all sending hidden behind computing, in "
+        "brackets the least efficiency over one device. "
+        f"Measured: a {config['shape']}, {config['rows']} rows of each process, one thread each, over gloo; "
         f"medians of {config['turns']} turns, ratios turn by turn. Efficiency: a step alone over a step with the other "
-        "process; of sending alone: two steps at once that send nothing over two that do. On paper the measured step is "
-        f"the one beside another and the time that its bytes take to be summed. {environment['device']['name']}; torch "
-        f"{environment['versions']['torch']}; commit {str(environment['commit'])[:12]}{changes}."
+        "process; of sending alone: two steps at once that send nothing over two that do. On paper the measured step "
+        "is the one beside another and the time that its bytes take to be summed. "
+        f"{environment['device']['name']}; torch {environment['versions']['torch']}; "
+        f"commit {str(environment['commit'])[:12]}{changes}."
     )

@@ -46,22 +46,23 @@ class _Step(nn.Module):
 def _ways(name: str, shape: str, tiny: bool, rows: int, sent: list[int]) -> dict[str, Callable[[], None]]:
     """The steps of an arm by name; ``sent`` gets the bytes that each bucket of DDP sums."""
     alone, arm = (build_arm(name, shape, tiny, rows) for _ in range(2))
-    size, run = load_of(arm).bytes, arm.loss
+    size, run = load_of(alone).bytes, arm.loss
     if arm.sharded:
         whole = shard(arm.module, init_device_mesh("cpu", (dist.get_world_size(),)))
 
         def run() -> torch.Tensor:
-            return whole(arm.loss)  # type: ignore[no-any-return]
+            return whole(arm.loss)
     else:
         wrapped: Any = DistributedDataParallel(_Step(arm), broadcast_buffers=False)
 
-        def counted(state: Any, bucket: Any) -> Any:
-            sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
-            return allreduce_hook(state, bucket)
-
-        wrapped.register_comm_hook(None, counted)
+        # a lambda: torch compares annotations, which are text here, with its own types
+        wrapped.register_comm_hook(None, lambda state, bucket: allreduce_hook(state, note(bucket)))
         run = wrapped
     gradients = torch.zeros(size // 4)
+
+    def note(bucket: Any) -> Any:
+        sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
+        return bucket
 
     def step(loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
         loss().backward()

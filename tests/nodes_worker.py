@@ -16,6 +16,7 @@ import lightning as L
 
 import peft_lightning.data.lock as lock
 from peft_lightning import MLMDataModule, TaskDataModule
+from peft_lightning.atomic import atomic_write
 
 __all__ = ["Die"]
 
@@ -41,19 +42,19 @@ class Die(L.Callback):
 
 def fill(folder: Path) -> None:
     """Encode a task's splits and pack a corpus, as fast as the others do."""
-    built, write = [], lock.atomic_write
+    built: list[str] = []
 
     def slowly(path: Path, build: Any) -> None:
         built.append(path.name)
         time.sleep(0.3)
-        write(path, build)
+        atomic_write(path, build)
 
-    lock.atomic_write = slowly
+    lock.atomic_write = slowly  # type: ignore[attr-defined, assignment]
     ranks, own = int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
     (folder / f"ready{own}").touch()
     while len(list(folder.glob("ready*"))) < ranks:
         time.sleep(0.01)
-    options = {"cache_dir": str(folder / "cache")}
+    options: dict[str, Any] = {"cache_dir": str(folder / "cache")}
     TaskDataModule(task="toy_sentiment", tokenizer="toy", **options).setup("fit")
     MLMDataModule(inputs=str(folder / "text.txt"), vocab_size=300, block_size=16, held_out=0.2, **options).setup("fit")
     (folder / own).write_text("\n".join(built))

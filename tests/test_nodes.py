@@ -56,15 +56,16 @@ def end_of(folder: Path) -> dict[str, Any]:
     return end
 
 
-def assert_same_end(folder: Path, whole: Path) -> None:
-    """A run ended in the same bits as one that was not interrupted."""
-    ends = [end_of(path) for path in (folder, whole)]
+def assert_same_end(folder: Path, whole: Path, *, rtol: float = 0.0, atol: float = 0.0) -> None:
+    """A run ended as one that was not interrupted: by default, in the same bits."""
+    ends, logs = [end_of(path) for path in (folder, whole)], [MetricsCSV(path).read() for path in (folder, whole)]
     assert ends[0]["global_step"] == 12
-    for key in ("state_dict", "optimizer_states"):
-        assert_close(ends[0][key], ends[1][key], rtol=0, atol=0)
-    for key in ("callbacks", "loops", "lr_schedulers"):
+    for key in ("state_dict", "optimizer_states", "callbacks"):
+        assert_close(ends[0][key], ends[1][key], rtol=rtol, atol=atol)
+    for key in ("loops", "lr_schedulers"):
         assert ends[0][key] == ends[1][key]
-    assert MetricsCSV(folder).read() == MetricsCSV(whole).read()
+    numbers = [[{name: float(value) for name, value in row.items()} for row in rows] for rows in logs]
+    assert_close(numbers[0], numbers[1], rtol=rtol, atol=atol)
 
 
 def test_a_process_that_dies_ends_the_job(tmp_path: Path) -> None:
@@ -174,7 +175,8 @@ def test_nodes_come_back_and_end_as_if_nothing_had_happened(rank: int, tmp_path:
     for code, output in on_nodes(killed, restarts=2, die=(rank, 6)):
         assert code == 0, output
     assert (killed / "killed").exists()
-    assert_same_end(killed, whole)
+    # after its first step DDP sums in another order, which matters from three numbers on
+    assert_same_end(killed, whole, rtol=1e-4, atol=1e-5)
     assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()} | {"killed"}
 
 

@@ -53,9 +53,11 @@ def assert_as_one_process(name: str, one_folder: Path, folder: Path, ranks: int)
         assert end["test"] == two[0]["test"]
         assert end["plan"] == one["plan"] and (one["plan"] is not None) == name.startswith("PruneLoRA")
         assert end["held"] == 1 if name == alone else end["held"] < 1 / ranks + 0.05
-    for end in (one, *two):  # stopped in the middle of an epoch and gone on: the same bits
+    for end in (one, *two):  # stopped in the middle of an epoch and gone on
+        # the same bits; but after its first step DDP sums in another order, which matters from three numbers on
+        rtol, atol = (1e-5, 1e-6) if ranks > 2 and name == alone and end is not one else (0.0, 0.0)
         for key, tensor in end.get("resumed", {}).items():
-            assert torch.equal(tensor, end["state"][key]), key
+            assert_close(tensor, end["state"][key], rtol=rtol, atol=atol, msg=key)
     assert ("resumed" in one) == ("resumed" in two[0]) == alone.endswith("-plain")
     masks = {key: tensor for key, tensor in one["state"].items() if tensor.dtype == torch.bool}
     for key, mask in masks.items():
