@@ -17,13 +17,13 @@ from tests.toy import METHODS
 from tests.two_ranks_worker import runs
 
 # One worker runs all of these: they share the processes' results.
-pytestmark = pytest.mark.xdist_group("two ranks")
+pytestmark = [pytest.mark.xdist_group("two ranks"), pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def finish(words: list[str], **options: Any) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=150, cwd=ROOT, **options)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280, cwd=ROOT, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

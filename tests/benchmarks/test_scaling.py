@@ -15,6 +15,7 @@ from peft_lightning.study.records import read_record
 
 
 @pytest.mark.xdist_group("scaling")
+@pytest.mark.timeout(400)
 def test_tiny(tmp_path: Path, cache_dir: Path) -> None:
     scaling.main(["--tiny", "--out", str(tmp_path)])
     record = read_record(tmp_path / "scaling.json")
