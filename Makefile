@@ -4,7 +4,7 @@ BIN := .venv/bin
 TEST_ARGS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup encoder demo test lint bench-mera bench-merge bench-mrpc bench-prune bench-sctd bench-sparse bench-speed bench-study bench-pretrain bench-tasks clean
+.PHONY: help setup encoder demo test lint bench-mera bench-merge bench-mrpc bench-prune bench-sctd bench-sparse bench-speed bench-study bench-pretrain bench-scaling bench-tasks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -80,6 +80,9 @@ bench-study: encoder  ## runs per minute of a study: a process each, one by one,
 
 bench-pretrain: .venv/.stamp  ## step times, memory and packing of pretraining with token dropping
 	@$(BIN)/python -m benchmarks.pretrain
+
+bench-scaling: .venv/.stamp  ## steps per second from 1 to 256 devices on paper, checked on two local processes
+	@$(BIN)/python -m benchmarks.scaling
 
 clean:  ## remove runs, caches and build files, and keep .venv
 	@rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

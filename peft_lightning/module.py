@@ -22,6 +22,7 @@ from peft_lightning.non_finite import REMEDY, FiniteGuard
 from peft_lightning.optimizer import adamw
 from peft_lightning.seeding import seeded_on_cpu, step_seed
 from peft_lightning.settings import OptimConfig, as_config
+from peft_lightning.sharding import check_machine, whole
 
 __all__ = ["MethodModule"]
 
@@ -76,12 +77,8 @@ class MethodModule(L.LightningModule, ABC):
         self.hparams.update({key: asdict(v) if is_dataclass(v) else v for key, v in values.items()})  # type: ignore[arg-type]
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that would convert what is trained and saved (UsageError): any ``*-true`` but 32."""
-        if str(self.trainer.precision) not in ("32-true", "bf16-mixed", "16-mixed"):
-            raise UsageError(
-                f"trainer.precision = {self.trainer.precision}: must be 32-true, bf16-mixed or 16-mixed; "
-                "backbone.dtype holds a frozen backbone in bfloat16"
-            )
+        """Refuse a strategy that would not train right, or a precision that converts what is saved (UsageError)."""
+        check_machine(self, self.trainer)
 
     def configure_model(self) -> None:
         """Build the model once and freeze all that is not declared."""
@@ -118,7 +115,7 @@ class MethodModule(L.LightningModule, ABC):
     def owned_state(self) -> dict[str, Tensor]:
         """Name -> tensor of all parameters and persistent buffers of the declared submodules.
 
-        Of one tensor with several names, as BART's embeddings, the first name.
+        Of one tensor with several names, as BART's embeddings, the first name. If it is sharded, all ranks must ask.
         """
         names = {module: name for name, module in self.named_modules()}
         found: dict[int, tuple[str, Tensor]] = {}
@@ -126,7 +123,7 @@ class MethodModule(L.LightningModule, ABC):
             prefix = f"{names[module]}." if names[module] else ""
             for name, tensor in module.state_dict(keep_vars=True).items():
                 found.setdefault(id(tensor), (prefix + name, tensor.detach()))
-        return dict(found.values())
+        return {name: whole(tensor) for name, tensor in found.values()}
 
     # -- optimisation ----------------------------------------------------------------------------------------
 

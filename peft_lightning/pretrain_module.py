@@ -104,6 +104,10 @@ class PretrainModule(MethodModule):
         """The whole model."""
         yield self.model
 
+    def sharded_blocks(self) -> Iterator[tuple[nn.Module, str]]:
+        """The transformer's layers, and what computes them."""
+        return self.engine.through_methods()
+
     def summary(self) -> dict[str, Any]:
         """Method, architecture and trained parameters."""
         config: Any = self.model.config
@@ -239,7 +243,7 @@ class PretrainModule(MethodModule):
         elif files and self.tokenizer is not None and not same_tokens(tokenizer_from_files(files), self.tokenizer):
             raise CheckpointError("checkpoint: was trained with another tokenizer than the data's")
 
-    def export(self, folder: str | Path, *, replace: bool = False) -> None:
+    def export(self, folder: str | Path, *, replace: bool = False, state: Mapping[str, Tensor] | None = None) -> None:
         """Write a folder of Hugging Face's form: ``config.json``, ``model.safetensors``, and the tokenizer's files.
 
         ``AutoModelForMaskedLM.from_pretrained`` reads it, and every method takes it as its backbone.
@@ -247,14 +251,16 @@ class PretrainModule(MethodModule):
         Args:
             folder: new or empty; it appears when all is written.
             replace: whether a folder that is there gives way.
+            state: what :meth:`owned_state` gave, where only one rank writes; by default it is asked for here.
 
         Raises:
             UsageError: if the folder holds files and may not be replaced.
         """
         self.configure_model()
         model: Any = self.model
+        tensors = {n.removeprefix("model."): t for n, t in (state or self.owned_state()).items() if n[:6] == "model."}
         with fresh_folder(folder, replace=replace) as fresh, quiet():
-            model.save_pretrained(fresh)
+            model.save_pretrained(fresh, state_dict=tensors)
             if self.tokenizer is not None:
                 for name, text in tokenizer_files(self.tokenizer, self.positions()).items():
                     (fresh / name).write_text(text, encoding="utf-8")

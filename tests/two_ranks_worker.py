@@ -1,10 +1,11 @@
-"""Run by test_two_ranks.py: trains every method on N processes and writes down what each process ends with.
+"""Run by test_two_ranks.py and test_nodes.py: trains every method and writes down what each process ends with.
 
-Usage: python -m tests.two_ranks_worker FOLDER RANKS
+Usage: python -m tests.two_ranks_worker FOLDER, or torchrun -m tests.two_ranks_worker FOLDER for several processes.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,10 @@ SPARSE: dict[str, dict[str, Any]] = {
     "bart-parallel": {"adapter": {"kind": "parallel", "bottleneck": 4}, "backbone": backbone_setting("bart")},
     "llama-er": {"backbone": backbone_setting("llama"), "prune": {"score": "er"}},
 }
+
+
+# What may be cut up; compared with the run of the same name on one process.
+SHARDED = [method for method in METHODS if hasattr(method, "sharded_blocks")]
 
 
 # Other losses on the step with a teacher; documents apart.
@@ -75,28 +80,36 @@ def runs() -> Iterator[tuple[str, type[Any], dict[str, Any], dict[str, Any]]]:
         given = {name: value for name, value in options.items() if name not in ("sources", "keep")}
         given["sources"] = toy_sources(tiny(0.0), *options.get("sources", ()), keep=options.get("keep", 1.0))
         yield f"MerAModule-{variant}", MerAModule, given, {}
+    for method in SHARDED:
+        for variant, (options, settings) in VARIANTS.items():
+            yield f"{method.__name__}-{variant}-fsdp2", method, options, {**settings, "strategy": "fsdp2"}
     yield "FusionModule-sparse", FusionModule, {"sources": toy_sources(tiny(0.0), keep=0.5)}, {}
     for variant, options in SCTD.items():
         yield f"SCTDPretrainModule-{variant}", SCTDPretrainModule, options, {}
 
 
-def main(folder: Path, ranks: int) -> None:
+def main(folder: Path, ranks: int, nodes: int) -> None:
     """One fit and one test per run, the same global batches whatever the number of ranks."""
     rows = {s: toy_rows("toy_sentiment", s, size=n) for s, n in (("train", 75), ("validation", 21), ("test", 17))}
+    many: dict[str, Any] = {"devices": ranks // nodes, "num_nodes": nodes} if ranks > 1 else {}
     for name, method, options, settings in runs():
+        if ranks == 1 and "strategy" in settings:
+            continue
         # two processes add numbers up in another order: a large epsilon keeps Adam from making much of it
         module = build(method, dropout=0.0, optim={"lr": 1e-3, "eps": 1e-4}, **options)
         source = data(batch_size=16 // ranks, rows=rows, method=method)
-        many: dict[str, Any] = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
+        settings = {"strategy": "ddp", **settings} if ranks > 1 else settings
         fit = trainer(folder / name, max_epochs=2, **settings, **many)
         fit.fit(module, datamodule=source)
         tested = fit.test(module, datamodule=source, verbose=False)
         end = {"state": module.owned_state(), "test": tested, "plan": module.manifest().get("plan")}
-        if name.endswith("-plain"):
-            end["resumed"] = in_two_parts(method, folder / f"{name}-parts", source, options, many)
+        held = (getattr(p, "to_local", lambda p=p: p)().numel() for p in module.trainable_parameters().values())
+        end["held"] = sum(held) / sum(p.numel() for p in module.trainable_parameters().values())
+        if "-plain" in name:
+            end["resumed"] = in_two_parts(method, folder / f"{name}-parts", source, options, {**settings, **many})
         torch.save(end, folder / f"{name}-{fit.global_rank}.pt")
     odd = build(MerAModule, dropout=0.0)
-    fit = trainer(**many)
+    fit = trainer(**many, strategy="ddp" if ranks > 1 else "auto")
     fit.validate(odd, datamodule=data(batch_size=2, rows=dict.fromkeys(rows, rows["train"][:5])), verbose=False)
     end = {"state": odd.owned_state(), "tokens": odd.merged["tokens"]}
     torch.save(end, folder / f"odd-{fit.global_rank}.pt")
@@ -124,4 +137,5 @@ def in_two_parts(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    main(Path(sys.argv[1]), world, world // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -90,10 +90,13 @@ class Report(L.Callback):
         if not self._trained and (self.folder / "report.json").exists():
             return  # a run that was finished before
         self._report(trainer, pl_module, "val", "report.json")
+        if not isinstance(pl_module, TaskModule | PretrainModule):
+            return
+        state = pl_module.owned_state()  # on all ranks: it may be sharded
         if trainer.is_global_zero and isinstance(pl_module, TaskModule):
-            write_adapter(self.folder / "adapter", pl_module.owned_state(), pl_module.manifest())
+            write_adapter(self.folder / "adapter", state, pl_module.manifest())
         elif trainer.is_global_zero and isinstance(pl_module, PretrainModule):
-            pl_module.export(self.folder / "model", replace=True)
+            pl_module.export(self.folder / "model", replace=True, state=state)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Report on the test split."""

@@ -92,6 +92,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from peft_lightning.cli.launching import lost_peer
     from peft_lightning.errors import PeftLightningError
 
     seen: BaseException | None = error
@@ -99,6 +100,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         if isinstance(seen, PeftLightningError):
             return str(seen), seen.exit_code
         seen = seen.__cause__ or seen.__context__
+    if gone := lost_peer(error):
+        return gone, 1
     text = str(error)
     if isinstance(error, ArgumentError) or "Does not validate" in text:
         return _parse_problem(text), 2

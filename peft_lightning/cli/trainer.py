@@ -30,6 +30,7 @@ from peft_lightning.callbacks.progress import ProgressLine
 from peft_lightning.callbacks.report import Report
 from peft_lightning.callbacks.throughput import Throughput
 from peft_lightning.cli.drawing import draw_decisions
+from peft_lightning.cli.launching import check_launcher
 from peft_lightning.cli.recorded import joined, option, refuse_linked, with_recorded_settings, with_texts
 from peft_lightning.cli.resuming import RESUME, checkpoint_to_resume
 from peft_lightning.cli.zero_shot import check_zero_shot, require_checkpoint
@@ -220,6 +221,7 @@ def run(words: list[str]) -> None:
         UsageError, ArgumentError: for wrong options.
         PeftLightningError: for anything else that the user can act on.
     """
+    check_launcher()
     require_checkpoint(words)
     refuse_linked(words)
     with tempfile.TemporaryDirectory() as folder:

@@ -2,8 +2,8 @@
 
 A split is tokenised once. The file's name is a digest of everything that changes the result, so no file is
 ever out of date. The file is one Arrow IPC record batch. It is written under a temporary name in the same
-folder, synced and renamed, so a reader sees either nothing or all of it. It is mapped into memory, so the
-processes of a machine share one copy. A damaged file is built again.
+folder, synced and renamed, so a reader sees either nothing or all of it; one process of a job writes it, the
+others wait. It is mapped into memory, so the processes of a machine share one copy. A damaged file is built again.
 
 Notation: a ragged column holds a list of whole numbers per row, or the bytes of a text; a scalar column one number.
 """
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from peft_lightning.atomic import atomic_write
-from peft_lightning.errors import DataError, UsageError
+from peft_lightning.data.lock import build_once
+from peft_lightning.errors import UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -90,7 +90,7 @@ def cache_key(parts: Mapping[str, Any]) -> str:
 
 
 def cached(folder: Path, key: str, build: Callable[[], pa.RecordBatch]) -> Encoded:
-    """Return what ``build`` makes, from the file of ``key`` where that is whole.
+    """Return what ``build`` makes, from the file of ``key`` where that is whole; of several processes, one builds.
 
     Args:
         folder: created if missing.
@@ -101,20 +101,8 @@ def cached(folder: Path, key: str, build: Callable[[], pa.RecordBatch]) -> Encod
     Raises:
         DataError: the file cannot be written.
     """
-    import pyarrow as pa
-
     path = folder / f"{key}.arrow"
-    if path.exists():
-        try:
-            return _read(path, key)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            _log.warning("the cached split %s is damaged and is built again: %s", path, error)
-    batch = build()
-    try:
-        _write(path, key, batch)
-        return _read(path, key)
-    except OSError as error:
-        raise DataError(f"cache_dir {str(folder)!r} cannot be written: {error}") from error
+    return build_once(path, lambda path: _read(path, key), lambda file: _write(file, key, build()))
 
 
 def _views(batch: pa.RecordBatch) -> Encoded:
@@ -139,24 +127,23 @@ def _checksum(data: Encoded) -> bytes:
     return str(value).encode()
 
 
-def _write(path: Path, key: str, batch: pa.RecordBatch) -> None:
+def _write(file: BinaryIO, key: str, batch: pa.RecordBatch) -> None:
     import pyarrow as pa
 
     schema = batch.schema.with_metadata({"key": key, "checksum": _checksum(_views(batch))})
-
-    def write(file: BinaryIO) -> None:
-        with pa.ipc.new_file(file, schema) as writer:
-            writer.write_batch(batch)
-
-    atomic_write(path, write)
+    with pa.ipc.new_file(file, schema) as writer:
+        writer.write_batch(batch)
 
 
 def _read(path: Path, key: str) -> Encoded:
     import pyarrow as pa
 
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    batch = reader.get_batch(0)
-    batch.validate()  # offsets that lead outside of the file would end the process, not raise
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batch = reader.get_batch(0)
+        batch.validate()  # offsets that lead outside of the file would end the process, not raise
+    except pa.ArrowException as error:
+        raise ValueError(str(error)) from error
     metadata, data = reader.schema.metadata or {}, _views(batch)
     if metadata.get(b"key") != key.encode() or metadata.get(b"checksum") != _checksum(data):
         raise ValueError("its checksum differs")

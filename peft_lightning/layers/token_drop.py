@@ -18,7 +18,8 @@ Shapes: B blocks, S tokens, K kept, Q queries of the last layer, D width, V voca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -95,6 +96,7 @@ class TokenDrop:
             raise UsageError(f"num_hidden_layers = {config.num_hidden_layers}: token dropping needs {_FEWEST_LAYERS}")
         self.model = model
         self.checkpointing = checkpointing
+        self._compute: Callable[..., Tensor] = _compute
 
     # -- parts of the model --------------------------------------------------------------------------------------
 
@@ -107,6 +109,13 @@ class TokenDrop:
     def _type(self) -> str:
         config: Any = self.model.config
         return str(config.model_type)
+
+    def through_methods(self) -> Iterator[tuple[nn.Module, str]]:
+        """Compute each layer by a method of its own from now on, which others can wrap: layers and method's name."""
+        self._compute = _by_method
+        for layer in self.bare.encoder.layer:
+            layer.compute = MethodType(_compute, layer)
+            yield layer, "compute"
 
     def output_layer(self) -> tuple[Tensor, Tensor]:
         """Weight ``[V, E]`` and bias ``[V]`` that give the logits."""
@@ -197,9 +206,9 @@ class TokenDrop:
 
     def _layer(self, layer: Any, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            again: Tensor = checkpoint(_compute, layer, queries, keys, mask, use_reentrant=False)
+            again: Tensor = checkpoint(self._compute, layer, queries, keys, mask, use_reentrant=False)
             return again
-        return _compute(layer, queries, keys, mask)
+        return self._compute(layer, queries, keys, mask)
 
 
 def _compute(layer: Any, queries_BQD: Tensor, keys_BSD: Tensor, mask_BQS: Tensor | None) -> Tensor:
@@ -221,6 +230,11 @@ def _compute(layer: Any, queries_BQD: Tensor, keys_BSD: Tensor, mask_BQS: Tensor
     attended = layer.attention.output(context.transpose(1, 2).flatten(-2), queries_BQD)
     output: Tensor = layer.feed_forward_chunk(attended)
     return output
+
+
+def _by_method(layer: Any, *tensors: Tensor | None) -> Tensor:
+    computed: Tensor = layer.compute(*tensors)
+    return computed
 
 
 def _rows(mask_BSS: Tensor | None, positions_BQ: Tensor) -> Tensor | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
 from peft_lightning.backbones.build import BackboneConfig
+from peft_lightning.backbones.families import family_of
 from peft_lightning.errors import UsageError
 from peft_lightning.settings import OptimConfig
 from peft_lightning.task_module import TaskModule
@@ -64,3 +66,9 @@ class FineTuneModule(TaskModule):
         """Everything."""
         yield self.backbone
         yield self.head
+
+    def sharded_blocks(self) -> Iterator[tuple[nn.Module, str]]:
+        """The transformer's layers; each computes by its forward pass."""
+        config: Any = self.backbone.config
+        for path in family_of(config.model_type).layers(config):
+            yield self.backbone.get_submodule(path), "forward"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -47,7 +50,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         assert data.lengths().tolist() == [3, 1, 2]
         assert data.scalars["labels"].tolist() == [5, 8, 9]
         assert not data.ragged["input_ids"][0].flags.owndata
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["key.arrow"]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"key.arrow", "key.arrow.lock"}
 
 
 @given(
@@ -97,7 +100,25 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path, "key", batch)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["key.arrow.lock"]
+
+
+def test_one_of_several_builds(tmp_path: Path) -> None:
+    """Locks are between open files, so threads compete as processes of a job do, of one machine or of many."""
+    built, together = [], Barrier(4)
+
+    def build() -> pa.RecordBatch:
+        built.append(1)
+        time.sleep(0.05)
+        return batch()
+
+    def work(_: int) -> list[list[int]]:
+        together.wait()
+        return rows_of(cached(tmp_path, "key", build))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [ROWS] * 4
+    assert len(built) == 1
 
 
 def test_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +144,7 @@ def test_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match=r"cache_dir '.*' cannot be written: .*No space left on device"):
         cached(tmp_path, "key", batch)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["key.arrow.lock"]
 
 
 def test_folder_that_is_a_file(tmp_path: Path) -> None:

@@ -1,0 +1,140 @@
+"""What the scaling benchmark counts and times: every method built, its batch, and the loss of a step.
+
+Operations are those of a BERT's products: a forward pass, as many for the gradients of what flows through, and as many
+again for the gradients of the weights where these train.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.pretrain_arms import Setting, token_batch
+from benchmarks.prune_models import encoder, timed_module
+from benchmarks.scaling_model import Load
+from benchmarks.speed_arms import batches
+from peft_lightning import (
+    AdapterConfig,
+    BackboneConfig,
+    DropConfig,
+    FineTuneModule,
+    FusionModule,
+    MerAModule,
+    MergeConfig,
+    PruneConfig,
+    SCTDPretrainModule,
+    SparseAdapterModule,
+)
+from peft_lightning.files.manifest import write_adapter
+from peft_lightning.functional.flops import EncoderShape, forward_flops
+from peft_lightning.module import MethodModule
+from peft_lightning.task_module import TaskModule
+
+__all__ = ["ARMS", "Arm", "build_arm", "load_of"]
+
+# what trains -> passes of products in a step, over one forward pass
+_ALL, _PART = 3.0, 2.0
+ARMS = (
+    *("FineTune", "FineTune-fsdp2", "SparseAdapter", "PruneLoRA", "MerA", "Fusion"),
+    *("SCTDPretrain", "SCTDPretrain-fsdp2"),
+)
+_TASK = "toy_pairs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A method built, and the loss of its step."""
+
+    module: MethodModule
+    loss: Callable[[], Tensor]
+    rows: int
+    tokens: int
+    sharded: bool = False
+
+
+def build_arm(name: str, shape: str, tiny: bool, rows: int) -> Arm:
+    """Return an arm of a size of the models (``minilm`` or ``bert-base``), ``rows`` texts or blocks a step."""
+    method, _, sharded = name.partition("-")
+    if method == "SCTDPretrain":
+        config = {**(encoder(shape, tiny).config or {}), "num_hidden_layers": 4 if tiny else 12}
+        setting = Setting(config=config, blocks=rows, length=32 if tiny else 128)
+        pretrain = SCTDPretrainModule(backbone=BackboneConfig(config=config), drop=DropConfig(preset="sctd"))
+        pretrain.configure_model()
+        blocks = token_batch(setting)
+        return Arm(
+            module=pretrain,
+            loss=lambda: pretrain.losses(blocks, "dropping")[0],
+            rows=rows,
+            tokens=setting.length,
+            sharded=bool(sharded),
+        )
+    module = _task_module(method, shape, tiny)
+    (batch,) = batches(module, 1, rows)
+
+    def loss() -> Tensor:
+        total, weight = module.batch_loss(batch)
+        return total / weight
+
+    return Arm(module=module, loss=loss, rows=rows, tokens=batch["inputs"]["input_ids"].shape[1], sharded=bool(sharded))
+
+
+def _task_module(method: str, shape: str, tiny: bool) -> TaskModule:
+    model = encoder(shape, tiny)
+    if method == "PruneLoRA":
+        return timed_module(shape, "prune", tiny)
+    module: Any
+    if method == "FineTune":
+        module = FineTuneModule(task=_TASK, backbone=model)
+    elif method == "SparseAdapter":
+        module = SparseAdapterModule(task=_TASK, backbone=model, prune=PruneConfig(sparsity=0.4, score="magnitude"))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            sources = list(_sources(Path(folder), model))
+            if method == "Fusion":
+                module = FusionModule(task=_TASK, backbone=model, sources=sources)
+                module.configure_model()
+            else:
+                module = MerAModule(task=_TASK, backbone=model, sources=sources, merge=MergeConfig(preset="avg"))
+                module.merge_sources()
+        return module
+    module.configure_model()
+    if method == "SparseAdapter":
+        module.install_masks(())
+    return module
+
+
+def _sources(folder: Path, model: BackboneConfig) -> Iterator[str]:
+    """Write two adapters to start from."""
+    for number in range(2):
+        source = SparseAdapterModule(
+            task=_TASK, backbone=model, adapter=AdapterConfig(kind="pfeiffer"), prune=PruneConfig(sparsity=0.0)
+        )
+        source.configure_model()
+        write_adapter(folder / str(number), source.owned_state(), source.manifest())
+        yield str(folder / str(number))
+
+
+def load_of(arm: Arm) -> Load:
+    """What a step of an arm computes on a rank, and what is summed over ranks."""
+    module: Any = arm.module
+    config: Any = (module.model if isinstance(module, SCTDPretrainModule) else module.backbone).config
+    shape = EncoderShape(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        intermediate=config.intermediate_size,
+        vocabulary=config.vocab_size,
+    )
+    if isinstance(module, SCTDPretrainModule):
+        targets = round(0.15 * arm.tokens)
+        forward = forward_flops(shape, arm.tokens, targets, arm.tokens // 2, full=False)
+    else:  # a head of one position, whose words cost nothing
+        head = 2 * (shape.width + shape.vocabulary) * shape.width
+        forward = forward_flops(shape, arm.tokens, 1, sparse_last=False) - head
+    whole = hasattr(module, "sharded_blocks")
+    size = sum(p.numel() * p.element_size() for p in module.trainable_parameters().values())
+    return Load(flops=(_ALL if whole else _PART) * arm.rows * forward, bytes=size, passes=3 if arm.sharded else 2)

@@ -1,0 +1,191 @@
+"""Jobs of several processes, started as on a cluster: nodes over loopback, ranks that die, and what is built once."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from peft_lightning.callbacks.log import MetricsCSV
+from peft_lightning.cli.launching import check_launcher, lost_peer
+from peft_lightning.data.toy import toy_rows
+from peft_lightning.errors import UsageError
+from tests.test_two_ranks import TORCHRUN, assert_as_one_process, finish
+from tests.two_ranks_worker import runs
+
+pytestmark = [pytest.mark.xdist_group("nodes"), pytest.mark.timeout(600)]
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+# 12 steps, a checkpoint after every fourth
+FEW = ["--trainer.limit_train_batches=12", "--trainer.max_epochs=1", "--save_every_n_steps=4"]
+
+
+def configs(*names: str) -> list[str]:
+    """Words that name configurations."""
+    return [word for name in names for word in ("--config", f"configs/{name}.yaml")]
+
+
+def fit_words(folder: Path, ranks: int, nodes: int, die: tuple[int, int]) -> list[str]:
+    """A fit of the toy run on CPUs, of which one process may die: (rank, step)."""
+    words = [*configs("sparse_adapter", "overlays/toy", "overlays/multi_node", "overlays/cpu"), *FEW]
+    words += ["--run_dir", str(folder), f"--trainer.devices={ranks // nodes}", f"--trainer.num_nodes={nodes}"]
+    words += ["--trainer.callbacks+=tests.nodes_worker.Die", f"--trainer.callbacks.rank={die[0]}"]
+    return [*words, f"--trainer.callbacks.step={die[1]}", f"--trainer.callbacks.folder={folder}"]
+
+
+def on_one_node(folder: Path, *, restarts: int = 0, die: tuple[int, int] = (0, 0)) -> Any:
+    """The toy run on two processes."""
+    start = [*TORCHRUN, "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}", "-m", "peft_lightning"]
+    words = [*start, "fit", *fit_words(folder, 2, 1, die)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=280, cwd=ROOT, env=ENVIRONMENT)
+
+
+def end_of(folder: Path) -> dict[str, Any]:
+    """The last checkpoint, without what a clock said."""
+    end: dict[str, Any] = torch.load(folder / "last.ckpt", weights_only=True)
+    end["callbacks"] = {name: state for name, state in end["callbacks"].items() if name == "RunCheckpoint"}
+    return end
+
+
+def assert_same_end(folder: Path, whole: Path, *, rtol: float = 0.0, atol: float = 0.0) -> None:
+    """A run ended as one that was not interrupted: by default, in the same bits."""
+    ends, logs = [end_of(path) for path in (folder, whole)], [MetricsCSV(path).read() for path in (folder, whole)]
+    assert ends[0]["global_step"] == 12
+    for key in ("state_dict", "optimizer_states", "callbacks"):
+        assert_close(ends[0][key], ends[1][key], rtol=rtol, atol=atol)
+    for key in ("loops", "lr_schedulers"):
+        assert ends[0][key] == ends[1][key]
+    numbers = [[{name: float(value) for name, value in row.items()} for row in rows] for rows in logs]
+    assert_close(numbers[0], numbers[1], rtol=rtol, atol=atol)
+
+
+def test_a_process_that_dies_ends_the_job(tmp_path: Path) -> None:
+    done = on_one_node(tmp_path / "run", die=(1, 6))
+    assert done.returncode != 0
+    assert time.time() - float((tmp_path / "run" / "killed").read_text()) < 60
+    assert "Signal 9 (SIGKILL)" in done.stderr and "another process of this job has ended" in done.stderr
+    assert end_of(tmp_path / "run")["global_step"] == 4
+
+
+def test_torchrun_brings_a_job_back_that_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = on_one_node(whole)
+    assert done.returncode == 0, done.stderr
+    done = on_one_node(killed, restarts=1, die=(0, 6))
+    assert done.returncode == 0 and "exitcode: -9" in done.stderr, done.stderr
+    assert_same_end(killed, whole)
+
+
+def test_restarts_that_would_wait_for_ever_are_refused() -> None:
+    shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    with pytest.raises(UsageError, match=r"--max-restarts = 3: .*set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        check_launcher(shared)
+    check_launcher({})
+    check_launcher({**shared, "TORCHELASTIC_MAX_RESTARTS": "0"})
+    check_launcher({**shared, "TORCHELASTIC_USE_AGENT_STORE": "False"})
+
+
+def test_which_errors_mean_that_another_process_is_gone() -> None:
+    assert "--resume auto" in lost_peer(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"))
+    assert not lost_peer(RuntimeError("shapes differ")) and not lost_peer(OSError("Connection closed by peer"))
+
+
+# -- two nodes of two processes each, over loopback ----------------------------------------------------------------
+
+
+def a_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def start_nodes(words: Sequence[str], nodes: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
+    """The same words on every node, with HEAD, NODES and DEVICES in the environment."""
+    port = a_port()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shared = {**ENVIRONMENT, "HEAD": f"127.0.0.1:{port}", "NODES": str(nodes), "DEVICES": "2", "PATH": path}
+    pipe = subprocess.PIPE
+    return [
+        subprocess.Popen(words, cwd=ROOT, env={**shared, **environment}, text=True, stdout=pipe, stderr=pipe)
+        for _ in range(nodes)
+    ]
+
+
+def ends_of_nodes(started: Sequence[subprocess.Popen[str]], timeout: float) -> list[tuple[int, str]]:
+    """Exit code and output of each node."""
+    try:
+        outputs = ["".join(node.communicate(timeout=timeout)) for node in started]
+    finally:
+        for node in started:
+            node.terminate()  # torchrun then ends what it has started
+    return [(node.returncode, output) for node, output in zip(started, outputs, strict=True)]
+
+
+def on_nodes(folder: Path, *, restarts: int = 0, die: tuple[int, int] = (0, 0)) -> list[tuple[int, str]]:
+    """The toy run by the script for each node."""
+    script = ["bash", "configs/cluster/torchrun.sh", *fit_words(folder, 4, 2, die)]
+    return ends_of_nodes(start_nodes(script, RESTARTS=str(restarts)), 450)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """What one process and two nodes of two leave of the runs of test_two_ranks."""
+    one, folder = (tmp_path_factory.mktemp(name) for name in ("one", "four"))
+    finish([sys.executable, "-m", "tests.two_ranks_worker", str(one)])
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{a_port()}", "--nnodes=2", "--nproc-per-node=2"]
+    words = [*TORCHRUN, *rendezvous, "-m", "tests.two_ranks_worker", str(folder)]
+    for code, output in ends_of_nodes(start_nodes(words), 800):
+        assert code == 0, output
+    return one, folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("name", [name for name, *_ in runs()])
+def test_two_nodes_as_one_process(name: str, four: tuple[Path, Path]) -> None:
+    assert_as_one_process(name, *four, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_a_process_that_dies_ends_the_job_on_all_nodes(tmp_path: Path) -> None:
+    ends = on_nodes(tmp_path / "run", die=(3, 6))
+    assert time.time() - float((tmp_path / "run" / "killed").read_text()) < 60
+    for code, output in ends:
+        assert code != 0 and ("SIGKILL" in output or "another process of this job has ended" in output), output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_nodes_come_back_and_end_as_if_nothing_had_happened(rank: int, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for code, output in on_nodes(whole):
+        assert code == 0, output
+    for code, output in on_nodes(killed, restarts=2, die=(rank, 6)):
+        assert code == 0, output
+    assert (killed / "killed").exists()
+    # after its first step DDP sums in another order, which matters from three numbers on
+    assert_same_end(killed, whole, rtol=1e-4, atol=1e-5)
+    assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()} | {"killed"}
+
+
+@pytest.mark.slow
+def test_a_cache_is_built_once_by_all_processes_of_a_file_system(tmp_path: Path) -> None:
+    texts = [row["text"] for row in toy_rows("toy_sentiment", "train", size=200)]
+    (tmp_path / "text.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    finish([*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "tests.nodes_worker", str(tmp_path)])
+    built = [name for rank in (0, 1) for name in (tmp_path / str(rank)).read_text().split()]
+    # two splits of either kind of data, and a tokenizer
+    assert len(built) == len(set(built)) == 5
+    assert {path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"} == set(built)
