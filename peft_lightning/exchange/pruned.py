@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-
 from peft_lightning.backbones.build import BackboneConfig, as_backbone_config, build_backbone, fingerprint
 from peft_lightning.backbones.families import FAMILIES
 from peft_lightning.errors import CheckpointError, UsageError, first_line
 from peft_lightning.exchange.skeleton import MODEL_FILE, classes_of, say_classes, skeleton, tensors_of
 from peft_lightning.files.foreign import read_json
+from peft_lightning.files.limits import read_safetensors
 from peft_lightning.files.pruned import PrunedRecord, check_digests, read_pruned
 from peft_lightning.files.strict import check_fingerprint, check_tensors
 from peft_lightning.files.values import check_finite
@@ -76,8 +74,8 @@ def _whole(folder: Path, record: PrunedRecord) -> Any:
     if headed and config.num_labels != record.outputs:
         raise CheckpointError(f"{folder}: pruned.json has {record.outputs} outputs, config.json {config.num_labels}")
     try:
-        given = load_safetensors((folder / MODEL_FILE).read_bytes())
-    except (OSError, ValueError, SafetensorError) as error:
+        given = read_safetensors(folder / MODEL_FILE)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / MODEL_FILE}: damaged ({first_line(error)})") from None
     check_tensors(given, tensors_of(model), str(folder))
     check_finite(given, folder)
