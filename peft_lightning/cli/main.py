@@ -48,6 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
     if words[0] in _TRAINER or not {"-h", "--help"} & set(words):
         _quieten()
     try:
+        if "PEFT_LIGHTNING_IMPORT" in os.environ or any(word.partition("=")[0] == "--import" for word in words):
+            from peft_lightning.cli.classes import without_imports
+
+            words = without_imports(words)
         if words[0] in _TOOLS:
             from peft_lightning.cli.tools import run_tool
 
@@ -102,6 +106,14 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _parse_problem(text: str) -> str:
     """The parser explains every type that it tried, over many lines; keep the lines that say what is wrong."""
+    if refused := re.search(r"Importing '([\w.]+)' is not allowed", text):
+        from peft_lightning.trust import trusted
+
+        path = refused[1]
+        return (
+            f"{path}: names what is not to be run or is of none of the packages {', '.join(trusted())}, so it is not "
+            f"imported; --import {path.rpartition('.')[0] or path} trusts its module"
+        )
     noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
     lines = [line.strip() for line in text.splitlines() if not line.strip().removeprefix("- ").startswith(noise)]
     telling = [line for line in lines if not line.startswith("- Expected a <class")]
@@ -144,7 +156,7 @@ def _fail(message: str, code: int) -> None:
 def _usage() -> str:
     lines = "\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items())
     return (
-        "usage: peft-lightning COMMAND [--config FILE ...] [--any.option VALUE ...] [--debug]\n\n"
+        "usage: peft-lightning COMMAND [--config FILE ...] [--any.option VALUE ...] [--import MODULE] [--debug]\n\n"
         f"commands:\n{lines}\n\n"
         "options of a command: peft-lightning COMMAND --help\n"
         "options of a class:   peft-lightning COMMAND --model.help SparseAdapterModule\n"

@@ -28,8 +28,10 @@ from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.callbacks.progress import ProgressLine
 from peft_lightning.callbacks.report import Report
 from peft_lightning.callbacks.throughput import Throughput
+from peft_lightning.cli.classes import restrict_classes
 from peft_lightning.cli.drawing import draw_decisions
 from peft_lightning.cli.recorded import joined, option, refuse_linked, with_recorded_settings, with_texts
+from peft_lightning.cli.yaml_files import read_yaml
 from peft_lightning.cli.zero_shot import check_zero_shot, require_checkpoint
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
@@ -128,7 +130,7 @@ class TrainerCLI(LightningCLI):
         saved = folder / "config.yaml"
         if not saved.exists():
             return
-        before, now = (_flat(config) for config in (yaml.safe_load(saved.read_text()), self._effective()))
+        before, now = (_flat(config) for config in (read_yaml(saved), self._effective()))
         changed = [
             f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
             for key in sorted({*before, *now})
@@ -237,6 +239,7 @@ def run(words: list[str]) -> None:
     """
     require_checkpoint(words)
     refuse_linked(words)
+    restrict_classes()
     with tempfile.TemporaryDirectory() as folder:
         words = joined(with_recorded_settings(words, Path(folder)))
         parser_options = {"exit_on_error": False}

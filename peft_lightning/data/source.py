@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from peft_lightning.data.toy import toy_rows
 from peft_lightning.errors import DataError, UsageError
+from peft_lightning.reading.limits import parse_json, read_bytes
+from peft_lightning.reading.tables import check_parquet
 from peft_lightning.tasks.kinds.base import build_kind
 from peft_lightning.tasks.table import Task
 
@@ -197,6 +199,7 @@ def _from_file(path: Path, strings: tuple[str, ...]) -> Source:
 def _read_parquet(path: Path, strings: tuple[str, ...]) -> pa.Table:
     from pyarrow import parquet
 
+    check_parquet(path)
     return parquet.read_table(path)
 
 
@@ -214,11 +217,11 @@ def _read_separated(path: Path, strings: tuple[str, ...]) -> pa.Table:
 
 
 def _read_json(path: Path, strings: tuple[str, ...]) -> _Rows:
-    content = path.read_text(encoding="utf-8-sig")
+    content = read_bytes(path).decode("utf-8-sig")
     if path.suffix == ".json" and content.lstrip().startswith("["):
-        rows = json.loads(content)
+        rows = parse_json(content, once=False)
     else:
-        rows = [json.loads(line) for line in content.split("\n") if line.strip()]
+        rows = [parse_json(line, once=False) for line in content.split("\n") if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("not every row is an object")
     for number, row in enumerate(rows) if _HALF.search(content) else ():

@@ -16,11 +16,11 @@ from peft_lightning.backbones.families import FAMILIES
 from peft_lightning.errors import CheckpointError, UsageError, first_line
 from peft_lightning.exchange.skeleton import MODEL_FILE, classes_of, say_classes, skeleton, tensors_of
 from peft_lightning.files.foreign import read_json
-from peft_lightning.files.limits import read_safetensors
 from peft_lightning.files.pruned import PrunedRecord, check_digests, read_pruned
 from peft_lightning.files.strict import check_fingerprint, check_tensors
 from peft_lightning.files.values import check_finite
 from peft_lightning.layers.plan import apply_plan
+from peft_lightning.reading.limits import read_safetensors
 from peft_lightning.seeding import seeded_on_cpu
 
 __all__ = ["load_pruned"]

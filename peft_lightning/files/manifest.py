@@ -17,10 +17,10 @@ from torch import Tensor
 
 from peft_lightning.atomic import atomic_write_together
 from peft_lightning.errors import CheckpointError, first_line
-from peft_lightning.files.limits import parse_json, read_bytes
 from peft_lightning.files.packed import pack, unpack
-from peft_lightning.files.pickled import read_pickled
-from peft_lightning.files.seal import check_seal, sealed
+from peft_lightning.reading.limits import parse_json, read_bytes
+from peft_lightning.reading.pickled import read_pickled
+from peft_lightning.reading.seal import check_seal, sealed
 
 __all__ = ["FORMAT", "MANIFEST_KEY", "read_file", "write_adapter"]
 

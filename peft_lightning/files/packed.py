@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from peft_lightning.files.limits import parse_json, read_safetensors
+from peft_lightning.reading.limits import parse_json, read_safetensors
 
 __all__ = ["MASK", "pack", "read_record", "unpack"]
 

@@ -18,9 +18,9 @@ from peft_lightning.atomic import atomic_write
 from peft_lightning.backbones.options import PRUNED_FILE
 from peft_lightning.errors import CheckpointError, first_line
 from peft_lightning.files.foreign import read_json
-from peft_lightning.files.limits import file_inside, regular_size
-from peft_lightning.files.seal import check_seal, sealed
 from peft_lightning.layers.plan import PrunePlan
+from peft_lightning.reading.limits import file_inside, regular_size
+from peft_lightning.reading.seal import check_seal, sealed
 
 __all__ = ["PrunedRecord", "check_digests", "read_pruned", "write_pruned"]
 

@@ -23,8 +23,8 @@ from peft_lightning.backbones.build import as_backbone_config, build_backbone
 from peft_lightning.backbones.tokenizers import load_tokenizer
 from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.exchange import ExchangeWarning, export_adapter, import_adapter
-from peft_lightning.files.seal import sealed
 from peft_lightning.layers.norms import backbone_norms
+from peft_lightning.reading.seal import sealed
 from tests.families import inputs
 from tests.pruned import HEADS, four_heads, pruned
 from tests.toy import build

@@ -16,8 +16,8 @@ from peft_lightning.backbones.build import BackboneConfig, build_backbone, finge
 from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.exchange import ExchangeWarning, export_adapter, import_adapter
 from peft_lightning.files.manifest import write_adapter
-from peft_lightning.files.seal import sealed
 from peft_lightning.files.sources import read_source, source_names
+from peft_lightning.reading.seal import sealed
 from tests.sources import backbone_folder, module, written
 from tests.toy import build, data, trainer
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 __all__ = ["file_inside", "parse_json", "read_bytes", "read_safetensors", "regular_size"]
 
-_MOST_JSON = 1 << 28
+_MOST_JSON = 1 << 27
 _MOST_HEADER = 1 << 25
 # Bytes of Python objects, at least, for each sign of JSON: a mapping, a list, a value.
 _COSTS = {b"{": 232, b"[": 88, b",": 48, b":": 96}
@@ -59,8 +59,12 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
     return path.read_bytes()
 
 
-def parse_json(content: bytes | str) -> Any:
-    """What a JSON text holds. Other than Python's reader it takes a key once only, and no lone half of a character.
+def parse_json(content: bytes | str, *, once: bool = True) -> Any:
+    """What a JSON text holds.
+
+    Args:
+        content: in UTF-8, if bytes.
+        once: refuse a mapping that has a key twice, of which Python's own reader takes the last.
 
     Raises:
         ValueError: it is no JSON, too deep, or would need too much memory.
@@ -68,12 +72,12 @@ def parse_json(content: bytes | str) -> Any:
     raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     if len(raw) > _MOST_JSON:
         raise ValueError(f"has {len(raw):,} bytes of JSON; allowed: {_MOST_JSON:,}")
-    needed = len(raw) * 4 + sum(cost * raw.count(sign) for sign, cost in _COSTS.items())
-    if len(raw) > 1 << 20 and needed > _MOST_MEMORY:
+    costs = _COSTS.items() if len(raw) > 1 << 20 else ()
+    if len(raw) * 4 + sum(cost * raw.count(sign) for sign, cost in costs) > _MOST_MEMORY:
         raise ValueError("is JSON that would need more than 512 MB as values")
     try:
         text = raw.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_once)
+        return json.loads(text, object_pairs_hook=_once if once else None)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except UnicodeDecodeError as error:

@@ -2,8 +2,8 @@
 
 ``torch.load(weights_only=True)`` calls nothing but some functions of torch, yet it takes whatever memory a file claims,
 and a tensor may stand for far more numbers than its storage has. So the pickle's opcodes are followed here first,
-without making anything of them (files/opcodes): which names they call, how long each storage is, that each tensor lies
-within its own, and how much all of it would be if it were written out.
+without making anything of them (reading/opcodes): which names they call, how long each storage is, that each tensor
+lies within its own, and how much all of it would be if it were written out.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from peft_lightning.files.limits import regular_size
-from peft_lightning.files.opcodes import Box, Machine
+from peft_lightning.reading.limits import regular_size
+from peft_lightning.reading.opcodes import Box, Machine
 
 __all__ = ["check_pickled", "read_pickled"]
 

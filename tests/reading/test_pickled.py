@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from peft_lightning.files.pickled import check_pickled, read_pickled
+from peft_lightning.reading.pickled import check_pickled, read_pickled
 
 CONTENT: dict[str, Any] = {
     "state_dict": OrderedDict(a=torch.arange(6.0).view(2, 3), b=torch.ones(4, dtype=torch.bfloat16)),
