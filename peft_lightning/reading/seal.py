@@ -11,15 +11,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["check_seal", "sealed"]
+__all__ = ["SEAL", "check_seal", "sealed"]
 
-_KEY = "sha256_of_this"
+SEAL = "sha256_of_this"
+"""Name of the entry."""
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """The same values with the digest of all of them."""
-    plain = {name: value for name, value in content.items() if name != _KEY}
-    return {**plain, _KEY: _digest(json.loads(json.dumps(plain)))}
+    plain = {name: value for name, value in content.items() if name != SEAL}
+    return {**plain, SEAL: _digest(json.loads(json.dumps(plain)))}
 
 
 def check_seal(content: Mapping[str, Any]) -> None:
@@ -28,7 +29,7 @@ def check_seal(content: Mapping[str, Any]) -> None:
     Raises:
         ValueError: they differ.
     """
-    if content.get(_KEY, "") not in ("", _digest({name: value for name, value in content.items() if name != _KEY})):
+    if content.get(SEAL, "") not in ("", _digest({name: value for name, value in content.items() if name != SEAL})):
         raise ValueError("it was changed after it was written (its own SHA-256 differs)")
 
 
