@@ -194,7 +194,7 @@ def _trained(folder: Path) -> Any:
 
 
 _TASK = get_task({"name": "mine", "text": ["text"], "labels": ["no", "yes"]})
-_ROWS = [{"text": text, "label": number % 2} for number, text in enumerate(_TEXTS[:12])]
+_ROWS: list[dict[str, Any]] = [{"text": text, "label": number % 2} for number, text in enumerate(_TEXTS[:12])]
 
 
 def _encoded(folder: Path) -> Any:
@@ -217,9 +217,8 @@ def _rows(folder: Path, ending: str) -> None:
         path.write_text(json.dumps(_ROWS))
     else:
         mark = "\t" if ending == ".tsv" else ","
-        path.write_text(
-            "".join(f"{row['text']}{mark}{row['label']}\n" for row in [dict(text="text", label="label"), *_ROWS])
-        )
+        lines = [("text", "label"), *((str(row["text"]), str(row["label"])) for row in _ROWS)]
+        path.write_text("".join(f"{mark.join(line)}\n" for line in lines))
 
 
 def _read_rows(folder: Path) -> Any:

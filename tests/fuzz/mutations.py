@@ -177,5 +177,9 @@ def mutate(folder: Path, names: list[str], rng: random.Random) -> str:
     data = path.read_bytes()
     structured = STRUCTURED.get(path.suffix)
     change = rng.choice(BYTES) if structured is None or what < 0.55 else structured
-    path.write_bytes(change(data, rng) if data else b"x")
+    try:
+        path.write_bytes(change(data, rng) if data else b"x")
+    except (ValueError, yaml.YAMLError):  # the file is named like others whose values can be changed
+        change = truncate
+        path.write_bytes(truncate(data, rng))
     return f"{path.name} {change.__name__}"
