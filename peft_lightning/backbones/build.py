@@ -189,6 +189,8 @@ def _build(config: BackboneConfig, auto: Any, tokenizer: Any) -> tuple[nn.Module
                 **extra,
             )
         _check_shapes(loading["mismatched_keys"])
+        if odd := [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]:
+            raise ValueError(f"{odd[0]} has values that are not finite")
         return model, sorted(loading["missing_keys"])
     except _REFUSED as error:
         what = f"backbone.name = {config.name!r}" if config.name else f"backbone.config = {config.config}"

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
@@ -27,6 +28,7 @@ from peft_lightning.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoin
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.callbacks.progress import ProgressLine
 from peft_lightning.callbacks.report import Report
+from peft_lightning.callbacks.stopping import StayStopped
 from peft_lightning.callbacks.throughput import Throughput
 from peft_lightning.cli.classes import restrict_classes
 from peft_lightning.cli.drawing import draw_decisions
@@ -158,11 +160,19 @@ class TrainerCLI(LightningCLI):
         loggers: Any = config.get("logger")
         if loggers in (None, True):
             loggers = self._loggers(folder) if self.subcommand == "fit" and not trial else False
+        elif loggers and self.subcommand == "fit" and not trial:  # in the place of TensorBoard
+            loggers = [MetricsCSV(folder), *_listed(loggers)]
+        given = _listed(config.get("callbacks"))
+        for callback in given:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(folder / "best_k")
+            elif isinstance(callback, EarlyStopping):
+                callbacks.append(StayStopped())
         return super().instantiate_trainer(
             default_root_dir=str(folder),
             logger=loggers,
             enable_checkpointing=checkpoints,
-            callbacks=[*_listed(config.get("callbacks")), *callbacks],
+            callbacks=[*given, *callbacks],
             plugins=[*_listed(config.get("plugins")), AtomicCheckpointIO()],
             **kwargs,
         )

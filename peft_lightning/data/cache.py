@@ -23,6 +23,7 @@ import numpy as np
 
 from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import DataError, UsageError
+from peft_lightning.reading.limits import regular_size
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -154,6 +155,7 @@ def _write(path: Path, key: str, batch: pa.RecordBatch) -> None:
 def _read(path: Path, key: str) -> Encoded:
     import pyarrow as pa
 
+    regular_size(path)
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     batch = reader.get_batch(0)
     batch.validate()  # offsets that lead outside of the file would end the process, not raise

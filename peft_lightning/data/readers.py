@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_lightning.errors import DataError
+from peft_lightning.errors import DataError, first_line
 from peft_lightning.reading.limits import parse_json
 from peft_lightning.reading.tables import check_parquet
 
@@ -110,8 +110,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, str]]:
             columns = _columns(file.schema_arrow.names, str(path))
             batches = file.iter_batches(batch_size=_ROWS, columns=columns)
             yield from _read_rows((batch.to_pydict() for batch in batches), str(path))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, str]]:

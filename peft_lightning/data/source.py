@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from peft_lightning.data.toy import toy_rows
-from peft_lightning.errors import DataError, UsageError
+from peft_lightning.errors import DataError, UsageError, first_line
 from peft_lightning.reading.limits import parse_json, read_bytes
 from peft_lightning.reading.tables import check_parquet
 from peft_lightning.tasks.kinds.base import build_kind
@@ -62,7 +62,7 @@ class Source:
         try:
             rows = self.read()
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{self.name}: cannot be read: {error}") from error
+            raise DataError(f"{self.name}: cannot be read: {first_line(error)}") from error
         if not len(rows):
             raise DataError(f"{self.name}: has no rows; allowed: at least one")
         there = list(rows[0]) if isinstance(rows, list) else rows.column_names
@@ -77,8 +77,15 @@ class Source:
                 part = rows[start : start + size]
                 values = {column: [row.get(column) for row in part] for column in found}
             else:
-                values = rows.select(found).slice(start, size).to_pydict()
+                values = self._plain(rows.select(found).slice(start, size))
             yield {column: self._column(values, name, start) for column, name in names.items()}
+
+    def _plain(self, rows: pa.Table) -> dict[str, list[Any]]:
+        """Rows as Python's values."""
+        try:
+            return rows.to_pydict()
+        except (ValueError, OverflowError) as error:  # a text that is none, a date that Python does not know
+            raise DataError(f"{self.name}: has a value that cannot be read: {first_line(error)}") from error
 
     def _column(self, values: Mapping[str, list[Any]], name: str, first_row: int) -> list[Any]:
         """A column, or an entry of its mappings."""

@@ -64,6 +64,7 @@ class Format:
             damaged), foreign (names, shapes and dtypes are those that were written, and numbers finite), or free (a
             person writes it: any value that is allowed may be read).
         files: names of the files to break; all by default.
+        optional: a folder without the files is another one, and not broken.
         weight: how often it is broken, beside others.
     """
 
@@ -72,6 +73,7 @@ class Format:
     trust: str = "foreign"
     files: tuple[str, ...] = ()
     weight: int = 1
+    optional: bool = False
 
 
 # -- examples
@@ -344,7 +346,7 @@ FORMATS: dict[str, Format] = {
     "our adapter": Format(lambda f: _adapter(f, "peft_lightning", prune=_PRUNE), _read_own, "ours", weight=2),
     "checkpoint": Format(_run, lambda f: load(f).state_dict(), "checkpoint", ("best.ckpt", "last.ckpt")),
     "AdapterHub": Format(lambda f: _adapter(f, "adapterhub"), lambda f: read_adapterhub(f), weight=2),
-    "masks": Format(lambda f: _adapter(f, "adapterhub", prune=_PRUNE), lambda f: read_adapterhub(f), "ours", (_MASKS,)),
+    "masks": Format(partial(_adapter, format="adapterhub", prune=_PRUNE), read_adapterhub, "ours", (_MASKS,), 1, True),
     "AdapterHub, pickled": Format(_hub_bin, lambda f: read_adapterhub(f, allow_bin=True)),
     "AdapterHub, as a source": Format(lambda f: _adapter(f, "adapterhub"), lambda f: read_source(f)),
     "PEFT": Format(lambda f: _adapter(f, "peft", kind="lora", target=None), lambda f: read_peft(f), weight=2),

@@ -160,13 +160,14 @@ def change_header(data: bytes, rng: random.Random) -> bytes:
 STRUCTURED = {".json": change_json, ".yaml": change_yaml, ".safetensors": change_header}
 
 
-def mutate(folder: Path, names: list[str], rng: random.Random) -> str:
-    """Break one of the files (names, in a folder), and say how."""
+def mutate(folder: Path, names: list[str], rng: random.Random, *, keep: bool) -> str:
+    """Break one of the files (names, in a folder), and say how; with ``keep`` it is there in some form."""
     path = folder / rng.choice(names)
     what = rng.random()
     if what < 0.1:
         path.unlink()
-        kind = rng.choice(["is missing", "is a folder", "is a pipe", "leads nowhere", "leads to /dev/zero"])
+        kinds = ["is a folder", "is a pipe", "leads to /dev/zero", "leads nowhere", "is missing"]
+        kind = rng.choice(kinds[:3] if keep else kinds)
         if kind == "is a folder":
             path.mkdir()
         elif kind == "is a pipe":

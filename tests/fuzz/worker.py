@@ -87,7 +87,7 @@ def main() -> None:
             rng = random.Random(f"{name} {seed} {number}")
             broken = home / "broken"
             shutil.copytree(whole, broken)
-            how = mutate(broken, [name for name in names if (broken / name).is_file()], rng)
+            how = mutate(broken, [name for name in names if (broken / name).is_file()], rng, keep=format.optional)
             result = attempt(format, broken, before)
             sys.stdout.write(json.dumps({"format": name, "number": number, "how": how, **result}) + "\n")
             sys.stdout.flush()
