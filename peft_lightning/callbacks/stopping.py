@@ -16,6 +16,7 @@ class StayStopped(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look at what the callbacks were restored to."""
-        stopping = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        stopping = [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
         if any(callback.wait_count >= callback.patience > 0 for callback in stopping):
             trainer.should_stop = True

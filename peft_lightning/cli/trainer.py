@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
@@ -28,11 +27,11 @@ from peft_lightning.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoin
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.callbacks.progress import ProgressLine
 from peft_lightning.callbacks.report import Report
-from peft_lightning.callbacks.stopping import StayStopped
 from peft_lightning.callbacks.throughput import Throughput
 from peft_lightning.cli.classes import restrict_classes
 from peft_lightning.cli.drawing import draw_decisions
 from peft_lightning.cli.recorded import joined, option, refuse_linked, with_recorded_settings, with_texts
+from peft_lightning.cli.running import listed, placed
 from peft_lightning.cli.yaml_files import read_yaml
 from peft_lightning.cli.zero_shot import check_zero_shot, require_checkpoint
 from peft_lightning.errors import UsageError
@@ -161,19 +160,13 @@ class TrainerCLI(LightningCLI):
         if loggers in (None, True):
             loggers = self._loggers(folder) if self.subcommand == "fit" and not trial else False
         elif loggers and self.subcommand == "fit" and not trial:  # in the place of TensorBoard
-            loggers = [MetricsCSV(folder), *_listed(loggers)]
-        given = _listed(config.get("callbacks"))
-        for callback in given:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(folder / "best_k")
-            elif isinstance(callback, EarlyStopping):
-                callbacks.append(StayStopped())
+            loggers = [MetricsCSV(folder), *listed(loggers)]
         return super().instantiate_trainer(
             default_root_dir=str(folder),
             logger=loggers,
             enable_checkpointing=checkpoints,
-            callbacks=[*given, *callbacks],
-            plugins=[*_listed(config.get("plugins")), AtomicCheckpointIO()],
+            callbacks=[*placed(config.get("callbacks"), folder), *callbacks],
+            plugins=[*listed(config.get("plugins")), AtomicCheckpointIO()],
             **kwargs,
         )
 
@@ -281,10 +274,6 @@ def _check_trainer(options: Any) -> None:
     seed = options.seed_everything
     if isinstance(seed, bool) or seed < 0:  # a run that draws its seed cannot be repeated or gone on with
         raise UsageError(f"--seed_everything = {seed}: must be a number, at least 0")
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def _tokenizer_of(backbone: Any) -> str | None:
