@@ -3,16 +3,6 @@
 The command line turns each of them into one line; ``exit_code`` is its exit status.
 """
 
-EXIT_CODES = {
-    0: "all went well",
-    1: "failed: data, a file or the disk cannot be used, a study's cell failed, doctor found something broken",
-    2: "wrong usage: an option, a configuration or a grid has a value that is not allowed",
-    130: "stopped by Ctrl-C, after the step at hand was saved",
-    143: "stopped by SIGTERM, after the step at hand was saved",
-}
-"""What the command's exit status says; beside 0 it comes with one line that begins with ``peft-lightning: error:``, or
-with the place of the checkpoint that a signal left."""
-
 
 class PeftLightningError(Exception):
     """Something failed for a reason that the message states in one line."""

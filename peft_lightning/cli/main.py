@@ -164,7 +164,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def _usage() -> str:
-    from peft_lightning.errors import EXIT_CODES
+    from peft_lightning.cli.exit_codes import EXIT_CODES
 
     lines = "\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items())
     codes = "\n".join(f"  {code:<12}{what}" for code, what in EXIT_CODES.items())

@@ -14,6 +14,11 @@ from peft_lightning.cli.main import main
 from tests.cli.test_bad_input import fails
 
 
+@pytest.fixture(autouse=True)
+def _no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PEFT_LIGHTNING_DATA", raising=False)
+
+
 def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PEFT_LIGHTNING_CACHE", str(tmp_path / "not" / "made"))
     (tmp_path / "data" / "mrpc").mkdir(parents=True)

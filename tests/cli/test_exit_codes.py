@@ -11,8 +11,9 @@ import pytest
 
 import peft_lightning.cli.doctor
 from peft_lightning.callbacks.checkpoint import Terminated
+from peft_lightning.cli.exit_codes import EXIT_CODES
 from peft_lightning.cli.main import main
-from peft_lightning.errors import EXIT_CODES, CheckpointError, DataError, PeftLightningError, UsageError
+from peft_lightning.errors import CheckpointError, DataError, PeftLightningError, UsageError
 from peft_lightning.study.tables import generated, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
