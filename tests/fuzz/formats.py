@@ -387,6 +387,7 @@ for _ending in (".parquet", ".txt", ".jsonl"):
 
 # Modules that open files -> the formats that go through them, or why none has to.
 READERS: dict[str, tuple[str, ...] | str] = {
+    "atomic": "what it writes itself, and folders",
     "analysis.probe": "its own temporary files",
     "analysis.sentences": ("sentences",),
     "backbones.build": ("backbone", "backbone, pickled"),
@@ -425,6 +426,7 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "reading.limits": ("our adapter", "PEFT", "pruned model"),
     "reading.opcodes": ("checkpoint", "AdapterHub, pickled", "PEFT, pickled"),
     "reading.pickled": ("checkpoint", "AdapterHub, pickled", "PEFT, pickled"),
+    "reading.seal": "the text of values that it has just written out",
     "reading.tables": ("rows.parquet", "texts.parquet"),
     "study.identity": "digests of files as bytes",
     "study.memory": "what the system says of this process",
