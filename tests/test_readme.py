@@ -37,6 +37,11 @@ ELSEWHERE = {
     "make bench-mrpc": "takes up to 45 minutes; tests/benchmarks runs it with --tiny",
     "make bench-prune": "takes up to 90 minutes; tests/benchmarks runs it with --tiny",
     "make bench-mera TABLE=1": "takes hours; tests/benchmarks runs it with --tiny",
+    "make bench-scaling": "takes minutes; tests/benchmarks runs it with --tiny",
+    "sbatch configs/cluster/slurm.sh --config configs/fine_tune.yaml --run_dir path/on/all/nodes": "needs SLURM; "
+    "tests/test_cluster.py runs it with srun replaced",
+    "NODES=2 DEVICES=8 HEAD=node0:29400 bash configs/cluster/torchrun.sh --config configs/fine_tune.yaml "
+    "--run_dir path/on/all/nodes": "needs two nodes; tests/test_nodes.py runs it over loopback",
     "make bench-study": "takes minutes; tests/benchmarks runs it with --tiny",
     "make bench-merge": "takes minutes; tests/benchmarks runs it with --tiny",
     "make bench-tasks": "takes an hour; tests/benchmarks runs it with --tiny",

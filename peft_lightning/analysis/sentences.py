@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_lightning.errors import DataError, UsageError
+from peft_lightning.reading.limits import read_bytes
+from peft_lightning.reading.tables import check_parquet
 
 __all__ = ["Sentences", "read_sentences"]
 
@@ -91,7 +93,11 @@ def _numbers(
 
 def _separated(path: Path) -> Iterator[tuple[str, tuple[str, str, str]]]:
     # By bytes: a text may hold characters that other ways of reading lines take for a line's end.
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    try:
+        content = read_bytes(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, line in enumerate(lines, start=1):
         place = f"{path}, line {number}"
         if number == len(lines) and not line:
@@ -111,6 +117,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, tuple[str, str, str]]]:
     from pyarrow import parquet
 
     try:
+        check_parquet(path)
         table = parquet.read_table(path)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error

@@ -10,8 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 
+from peft_lightning.backbones.folders import check_folder
 from peft_lightning.backbones.options import PRUNED_FILE, check_options, pruned_folder
 from peft_lightning.backbones.quiet import quiet
 from peft_lightning.backbones.sharing import shared
@@ -21,6 +24,10 @@ from peft_lightning.errors import UsageError, first_line
 
 __all__ = ["BackboneConfig", "as_backbone_config", "build_backbone", "build_masked_lm", "fingerprint"]
 
+# What transformers raises for a folder or a configuration that it cannot use.
+_REFUSED: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, TypeError, AssertionError, RuntimeError)
+_REFUSED += (AttributeError, ArithmeticError, IndexError, ImportError, MemoryError, RecursionError)
+_REFUSED += (SafetensorError, StrictDataclassError)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -160,7 +167,8 @@ def _build(config: BackboneConfig, auto: Any, tokenizer: Any) -> tuple[nn.Module
             numbers = _special_numbers(tokenizer) or _roles(config)
             hf_config = AutoConfig.for_model(**{**numbers, **options})
         else:
-            hf_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
+            check_folder(config.name)
+            hf_config = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
         _check_heads(hf_config)
         model_class = auto._model_mapping[type(hf_config)]
         extra = {"add_pooling_layer": False} if _takes(model_class, "add_pooling_layer") else {}
@@ -181,8 +189,10 @@ def _build(config: BackboneConfig, auto: Any, tokenizer: Any) -> tuple[nn.Module
                 **extra,
             )
         _check_shapes(loading["mismatched_keys"])
+        if odd := [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]:
+            raise ValueError(f"{odd[0]} has values that are not finite")
         return model, sorted(loading["missing_keys"])
-    except (OSError, ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
+    except _REFUSED as error:
         what = f"backbone.name = {config.name!r}" if config.name else f"backbone.config = {config.config}"
         raise UsageError(f"{what}: cannot be built ({first_line(error)})") from error
 

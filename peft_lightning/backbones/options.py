@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from peft_lightning.reading.limits import parse_json, read_bytes
 
 __all__ = ["PRUNED_FILE", "check_options", "plain_options", "pruned_folder"]
 
@@ -65,7 +66,7 @@ def pruned_folder(name: str | None) -> str | None:
     if name is None or not (path := Path(name) / PRUNED_FILE).is_file():
         return None
     try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("kind")
-    except (OSError, ValueError, AttributeError, RecursionError):  # damaged, which load_pruned says
+        kind = parse_json(read_bytes(path)).get("kind")
+    except (OSError, ValueError, AttributeError):  # damaged, which load_pruned says
         kind = "model"
     return f"{_PRUNED.get(str(kind), _PRUNED['model'])}; begin with the whole backbone"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft_lightning.backbones.folders import check_folder
 from peft_lightning.backbones.options import pruned_folder
 from peft_lightning.errors import CheckpointError, UsageError, first_line
 
@@ -28,10 +29,11 @@ def load_tokenizer(name: str) -> Any:
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded, there is no such folder")
     try:
+        check_folder(name)
         # a folder's own name may hold the sign, a hub name cannot
         repository, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
         tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision or None, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a damaged file leads to, it means the same
         reason = pruned_folder(name) or first_line(error)
         raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded ({reason})") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:

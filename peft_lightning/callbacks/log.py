@@ -17,7 +17,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from peft_lightning.atomic import atomic_write
-from peft_lightning.errors import PeftLightningError
+from peft_lightning.errors import DataError, PeftLightningError, first_line
+from peft_lightning.reading.limits import read_bytes
 
 __all__ = ["MetricsCSV"]
 
@@ -58,7 +59,10 @@ class MetricsCSV(Logger):
         """All complete rows, as text."""
         if not self.path.exists():
             return []
-        text = self.path.read_text(encoding="utf-8")
+        try:
+            text = read_bytes(self.path).decode("utf-8")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path}: cannot be gone on with ({first_line(error)})") from error
         whole = text[: text.rfind("\n") + 1]  # a killed process may have left half a line
         return [{k: v for k, v in row.items() if v} for row in csv.DictReader(io.StringIO(whole))]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from peft_lightning.cli.parser import ToolParser, plain_notes
 from peft_lightning.errors import DataError, UsageError
+from peft_lightning.reading.limits import read_bytes
 
 __all__ = ["run_merge"]
 
@@ -178,8 +179,8 @@ def _data(given: argparse.Namespace) -> Any:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in read_bytes(path).decode("utf-8").splitlines()]
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as text ({error})") from None
     if not any(lines):
         raise DataError(f"{path}: holds no text")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from peft_lightning.backbones.build import BackboneConfig
+from peft_lightning.cli.yaml_files import read_yaml
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.loading import kind_of, method_class, refuse_new_code
@@ -129,10 +129,10 @@ def refuse_linked(words: list[str]) -> None:
         UsageError: names the option to give instead.
     """
     given = {word.partition("=")[0].removeprefix("--").replace(".init_args", "") for word in words if word[:2] == "--"}
-    for name, following in zip(words, words[1:], strict=False):
-        if name == "--config" and Path(following).is_file():
-            with contextlib.suppress(yaml.YAMLError):  # the parser says what is wrong with the file
-                given |= _keys(yaml.safe_load(Path(following).read_text(encoding="utf-8")))
+    for name, following in zip(words, [*words[1:], ""], strict=True):
+        file = following if name == "--config" else name.removeprefix("--config=") if "--config=" in name else ""
+        if file and Path(file).exists():
+            given |= _keys(read_yaml(file))
     for name in sorted(given & FOLLOWS.keys()):
         raise UsageError(f"--{name}: follows --{FOLLOWS[name]}; give that one")
 

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from peft_lightning.cli.yaml_files import read_yaml
 from peft_lightning.errors import UsageError
 from peft_lightning.files.latest import latest_checkpoint
 
@@ -74,7 +73,7 @@ def checkpoint_to_resume(folder: Path, effective: Mapping[str, Any], resume: str
 def _changed(saved: Path, effective: Mapping[str, Any]) -> list[str]:
     if not saved.exists():
         return []
-    before, now = (_flat(config) for config in (yaml.safe_load(saved.read_text(encoding="utf-8")), effective))
+    before, now = (_flat(config) for config in (read_yaml(saved), effective))
     return [
         f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
         for key in sorted({*before, *now})

@@ -80,18 +80,16 @@ def _parser() -> ToolParser:
 def _values(files: Sequence[str]) -> dict[str, Any]:
     """The files' content, merged."""
     from jsonargparse import get_loader
-    from yaml import YAMLError
 
+    from peft_lightning.cli.yaml_files import check_yaml
     from peft_lightning.study.grid import merged_settings
 
     values: dict[str, Any] = {}
     for name in files:
-        path = Path(name)
-        if not path.is_file():
-            raise UsageError(f"config = {name}: there is no such file")
+        text = check_yaml(name)
         try:
-            content = get_loader("yaml")(path.read_text(encoding="utf-8"))
-        except (YAMLError, UnicodeDecodeError) as error:
+            content = get_loader("yaml")(text)
+        except Exception as error:  # whatever a value of the file leads to, it means the same
             raise UsageError(f"config = {name}: is no YAML ({' '.join(str(error).split())})") from None
         if not isinstance(content, dict):
             raise UsageError(f"config = {name}: must hold a mapping")

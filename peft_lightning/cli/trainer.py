@@ -29,10 +29,12 @@ from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.callbacks.progress import ProgressLine
 from peft_lightning.callbacks.report import Report
 from peft_lightning.callbacks.throughput import Throughput
+from peft_lightning.cli.classes import restrict_classes
 from peft_lightning.cli.drawing import draw_decisions
 from peft_lightning.cli.launching import check_launcher
 from peft_lightning.cli.recorded import joined, option, refuse_linked, with_recorded_settings, with_texts
 from peft_lightning.cli.resuming import RESUME, checkpoint_to_resume
+from peft_lightning.cli.running import listed, placed
 from peft_lightning.cli.zero_shot import check_zero_shot, require_checkpoint
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
@@ -142,12 +144,14 @@ class TrainerCLI(LightningCLI):
         loggers: Any = config.get("logger")
         if loggers in (None, True):
             loggers = self._loggers(folder) if self.subcommand == "fit" and not trial else False
+        elif loggers and self.subcommand == "fit" and not trial:  # in the place of TensorBoard
+            loggers = [MetricsCSV(folder), *listed(loggers)]
         return super().instantiate_trainer(
             default_root_dir=str(folder),
             logger=loggers,
             enable_checkpointing=checkpoints,
-            callbacks=[*_listed(config.get("callbacks")), *callbacks],
-            plugins=[*_listed(config.get("plugins")), AtomicCheckpointIO()],
+            callbacks=[*placed(config.get("callbacks"), folder), *callbacks],
+            plugins=[*listed(config.get("plugins")), AtomicCheckpointIO()],
             **kwargs,
         )
 
@@ -224,6 +228,7 @@ def run(words: list[str]) -> None:
     check_launcher()
     require_checkpoint(words)
     refuse_linked(words)
+    restrict_classes()
     with tempfile.TemporaryDirectory() as folder:
         words = joined(with_recorded_settings(words, Path(folder)))
         parser_options = {"exit_on_error": False}
@@ -255,10 +260,6 @@ def _check_trainer(options: Any) -> None:
     seed = options.seed_everything
     if isinstance(seed, bool) or seed < 0:  # a run that draws its seed cannot be repeated or gone on with
         raise UsageError(f"--seed_everything = {seed}: must be a number, at least 0")
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def _tokenizer_of(backbone: Any) -> str | None:

@@ -23,6 +23,7 @@ import numpy as np
 
 from peft_lightning.data.lock import build_once
 from peft_lightning.errors import UsageError
+from peft_lightning.reading.limits import regular_size
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -138,6 +139,7 @@ def _write(file: BinaryIO, key: str, batch: pa.RecordBatch) -> None:
 def _read(path: Path, key: str) -> Encoded:
     import pyarrow as pa
 
+    regular_size(path)
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         batch = reader.get_batch(0)

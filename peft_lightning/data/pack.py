@@ -30,6 +30,7 @@ from peft_lightning.data.documents import Corpus, Piece
 from peft_lightning.data.lock import build_once
 from peft_lightning.data.vocabulary import Vocabulary
 from peft_lightning.errors import DataError
+from peft_lightning.reading.limits import regular_size
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,6 +67,7 @@ class Blocks:
         import pyarrow as pa
 
         self._origin = path, key
+        regular_size(path)
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             batches = [reader.get_batch_with_custom_metadata(number) for number in range(reader.num_record_batches)]

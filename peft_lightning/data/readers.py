@@ -6,12 +6,13 @@ The texts of a document, one after another, are the document. None of them needs
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_lightning.errors import DataError
+from peft_lightning.errors import DataError, first_line
+from peft_lightning.reading.limits import parse_json
+from peft_lightning.reading.tables import check_parquet
 
 __all__ = ["READERS", "hub_splits", "read_hub"]
 
@@ -20,6 +21,8 @@ _LINE = 1 << 20
 # Characters of short lines that are handed on together.
 _TOGETHER = 1 << 14
 _ROWS = 1000
+# Bytes of a row at most.
+_LONGEST = 1 << 26
 _COLUMNS = ("doc_id", "text")
 
 
@@ -102,12 +105,13 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, str]]:
     from pyarrow import parquet
 
     try:
+        check_parquet(path)
         with parquet.ParquetFile(path) as file:
             columns = _columns(file.schema_arrow.names, str(path))
             batches = file.iter_batches(batch_size=_ROWS, columns=columns)
             yield from _read_rows((batch.to_pydict() for batch in batches), str(path))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, str]]:
@@ -118,10 +122,12 @@ def _json_rows(path: Path) -> Iterator[dict[str, list[Any]]]:
     number = 0
     try:
         with path.open("rb") as file:
-            for line in file:
+            while line := file.readline(_LONGEST):
+                if len(line) == _LONGEST:
+                    raise ValueError(f"has a line of more than {_LONGEST:,} bytes")
                 if not line.strip():
                     continue
-                row = json.loads(line.decode("utf-8-sig"))
+                row = parse_json(line.decode("utf-8-sig"), once=False)
                 if not isinstance(row, dict) or "text" not in row:
                     raise DataError(f"{path}: row {number} is no object with 'text'; allowed: one such object a line")
                 if isinstance(row["text"], str):
@@ -129,7 +135,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, list[Any]]]:
                     row["text"].encode()
                 yield {"text": [row["text"]], "doc_id": [row.get("doc_id")]}
                 number += 1
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: row {number} cannot be read: {error}") from error
 
 

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from peft_lightning.data.toy import toy_rows
-from peft_lightning.errors import DataError, UsageError
+from peft_lightning.errors import DataError, UsageError, first_line
+from peft_lightning.reading.limits import parse_json, read_bytes
+from peft_lightning.reading.tables import check_parquet
 from peft_lightning.tasks.kinds.base import build_kind
 from peft_lightning.tasks.table import Task
 
@@ -60,7 +62,7 @@ class Source:
         try:
             rows = self.read()
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{self.name}: cannot be read: {error}") from error
+            raise DataError(f"{self.name}: cannot be read: {first_line(error)}") from error
         if not len(rows):
             raise DataError(f"{self.name}: has no rows; allowed: at least one")
         there = list(rows[0]) if isinstance(rows, list) else rows.column_names
@@ -75,8 +77,15 @@ class Source:
                 part = rows[start : start + size]
                 values = {column: [row.get(column) for row in part] for column in found}
             else:
-                values = rows.select(found).slice(start, size).to_pydict()
+                values = self._plain(rows.select(found).slice(start, size))
             yield {column: self._column(values, name, start) for column, name in names.items()}
+
+    def _plain(self, rows: pa.Table) -> dict[str, list[Any]]:
+        """Rows as Python's values."""
+        try:
+            return rows.to_pydict()
+        except (ValueError, OverflowError) as error:  # a text that is none, a date that Python does not know
+            raise DataError(f"{self.name}: has a value that cannot be read: {first_line(error)}") from error
 
     def _column(self, values: Mapping[str, list[Any]], name: str, first_row: int) -> list[Any]:
         """A column, or an entry of its mappings."""
@@ -197,6 +206,7 @@ def _from_file(path: Path, strings: tuple[str, ...]) -> Source:
 def _read_parquet(path: Path, strings: tuple[str, ...]) -> pa.Table:
     from pyarrow import parquet
 
+    check_parquet(path)
     return parquet.read_table(path)
 
 
@@ -214,11 +224,11 @@ def _read_separated(path: Path, strings: tuple[str, ...]) -> pa.Table:
 
 
 def _read_json(path: Path, strings: tuple[str, ...]) -> _Rows:
-    content = path.read_text(encoding="utf-8-sig")
+    content = read_bytes(path).decode("utf-8-sig")
     if path.suffix == ".json" and content.lstrip().startswith("["):
-        rows = json.loads(content)
+        rows = parse_json(content, once=False)
     else:
-        rows = [json.loads(line) for line in content.split("\n") if line.strip()]
+        rows = [parse_json(line, once=False) for line in content.split("\n") if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("not every row is an object")
     for number, row in enumerate(rows) if _HALF.search(content) else ():

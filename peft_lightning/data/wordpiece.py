@@ -18,6 +18,7 @@ from peft_lightning.data.cache import cache_key
 from peft_lightning.data.documents import Corpus
 from peft_lightning.data.lock import build_once
 from peft_lightning.errors import DataError
+from peft_lightning.reading.limits import read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -56,7 +57,7 @@ def trained_tokenizer(corpus: Corpus, vocab_size: int, folder: Path) -> PreTrain
 
 
 def _read(path: Path) -> str:
-    digest, _, content = path.read_bytes().partition(b"\n")
+    digest, _, content = read_bytes(path).partition(b"\n")
     if digest != hashlib.sha256(content).hexdigest().encode():
         raise ValueError("its checksum differs")
     return content.decode()

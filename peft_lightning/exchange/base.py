@@ -21,7 +21,7 @@ def base_model(backbone: BackboneConfig) -> tuple[Any, type] | None:
         if backbone.config is not None:
             config: Any = AutoConfig.for_model(**backbone.config)
         else:
-            config = AutoConfig.from_pretrained(backbone.name, revision=backbone.revision)
+            config = AutoConfig.from_pretrained(backbone.name, revision=backbone.revision, trust_remote_code=False)
         return config, AutoModel._model_mapping[type(config)]
     except (OSError, ValueError, KeyError, TypeError):
         return None  # building the backbone says what is wrong with it
@@ -39,7 +39,8 @@ def with_pooler(given: ForeignAdapter, backbone: BackboneConfig, folder: Path) -
     if backbone.name is not None:
         from transformers import AutoModel
 
-        model, loading = AutoModel.from_pretrained(backbone.name, revision=backbone.revision, output_loading_info=True)
+        options = {"revision": backbone.revision, "trust_remote_code": False}
+        model, loading = AutoModel.from_pretrained(backbone.name, output_loading_info=True, **options)
         if any("pooler" in name for name in loading["missing_keys"]):
             model = None
     if model is None:

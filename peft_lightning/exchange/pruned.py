@@ -11,9 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-
 from peft_lightning.backbones.build import BackboneConfig, as_backbone_config, build_backbone, fingerprint
 from peft_lightning.backbones.families import FAMILIES
 from peft_lightning.errors import CheckpointError, UsageError, first_line
@@ -23,6 +20,7 @@ from peft_lightning.files.pruned import PrunedRecord, check_digests, read_pruned
 from peft_lightning.files.strict import check_fingerprint, check_tensors
 from peft_lightning.files.values import check_finite
 from peft_lightning.layers.plan import apply_plan
+from peft_lightning.reading.limits import read_safetensors
 from peft_lightning.seeding import seeded_on_cpu
 
 __all__ = ["load_pruned"]
@@ -76,8 +74,8 @@ def _whole(folder: Path, record: PrunedRecord) -> Any:
     if headed and config.num_labels != record.outputs:
         raise CheckpointError(f"{folder}: pruned.json has {record.outputs} outputs, config.json {config.num_labels}")
     try:
-        given = load_safetensors((folder / MODEL_FILE).read_bytes())
-    except (OSError, ValueError, SafetensorError) as error:
+        given = read_safetensors(folder / MODEL_FILE)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / MODEL_FILE}: damaged ({first_line(error)})") from None
     check_tensors(given, tensors_of(model), str(folder))
     check_finite(given, folder)

@@ -85,6 +85,7 @@ def read_adapterhub(
     tensors = _checked(tensors, str(config.get("name")), adapter.name, hidden, adapter.bottleneck, folder)
     masks = {_with_name(name, adapter.name): mask for name, mask in masks.items()}
     head, labels = read_head(folder, allow_bin) if with_head else (None, None)
+    _check_head(head or {}, hidden, folder)
     return ForeignAdapter(
         adapter=adapter,
         tensors=tensors,
@@ -200,6 +201,15 @@ def _checked(
         many = f"{len(wrong)} tensors" if wrong else "the tensors"
         raise CheckpointError(f"{folder}: {many} differ from adapter_config.json: {listed}")
     return {_with_name(key, new): tensor for key, tensor in tensors.items()}
+
+
+def _check_head(head: dict[str, Tensor], hidden: int, folder: Path) -> None:
+    """A head reads states of the base model's width."""
+    classes = head["out.bias"].shape[0] if "out.bias" in head and head["out.bias"].ndim else 0
+    wanted = {"dense.weight": (hidden, hidden), "dense.bias": (hidden,), "out.weight": (classes, hidden)}
+    for name, tensor in head.items():
+        if tuple(tensor.shape) != (shape := wanted.get(name, (classes,))):
+            raise CheckpointError(f"{folder}: {name} of its head is {tuple(tensor.shape)}, expected {shape}")
 
 
 def _with_name(key: str, name: str) -> str:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from peft_lightning.atomic import atomic_write_together
-from peft_lightning.errors import CheckpointError, UsageError
+from peft_lightning.errors import CheckpointError, UsageError, first_line
 from peft_lightning.files.packed import MASK, pack, read_record, unpack
 from peft_lightning.layers.adapters import AdapterConfig
+from peft_lightning.reading.limits import parse_json, read_bytes, read_safetensors
+from peft_lightning.reading.pickled import read_pickled
 
 __all__ = ["ForeignAdapter", "read_json", "read_masks", "read_tensors", "write_folder"]
 
@@ -65,8 +65,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: if there is no such file, or it holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(read_bytes(path))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: missing or damaged ({error})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds no mapping")
@@ -93,21 +93,19 @@ def read_tensors(folder: Path, safe: str, pickled: str, allow_bin: bool) -> dict
             raise UsageError(f"{path}: is a pickle; give allow_bin (--allow_bin) to read it, or convert it first")
     try:
         if path.name == safe:
-            content: Any = load_safetensors(path.read_bytes())
+            content: Any = read_safetensors(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = read_pickled(path)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: holds neither {safe} nor {pickled}") from None
-    except Exception as error:  # torch raises many kinds for a damaged file: all mean the same to the user
-        raise CheckpointError(f"{path}: damaged or not readable ({type(error).__name__})") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged or not readable ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not tensors by name")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
             what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise CheckpointError(f"{path}: {name!r} is {what}; must be a tensor of float32, float16 or bfloat16")
-        if tensor.layout != torch.strided:
-            raise CheckpointError(f"{path}: {name!r} is a tensor of layout {tensor.layout}; must be strided")
     return {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in content.items()}
 
 
@@ -129,10 +127,10 @@ def read_masks(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, T
     if not path.exists():
         return {}, {}
     try:
-        payload = path.read_bytes()
+        payload = read_bytes(path)
         masks = unpack(payload)
         record = read_record(payload)
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from error
     found = {}
     for key, mask in masks.items():

@@ -17,6 +17,8 @@ from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.files.strict import check_fingerprint
 from peft_lightning.layers.importance import Importance
+from peft_lightning.reading.limits import parse_json, read_bytes
+from peft_lightning.reading.seal import check_seal, sealed
 
 __all__ = ["importance_of", "plain_importance", "read_importance", "write_importance"]
 
@@ -72,7 +74,7 @@ def write_importance(
         backbone: fingerprint of the backbone.
         settings: how it was measured, for people to read; plain values.
     """
-    content = {"format": _FORMAT, "backbone": dict(backbone), **settings, **plain_importance(importance)}
+    content = sealed({"format": _FORMAT, "backbone": dict(backbone), **settings, **plain_importance(importance)})
     atomic_write(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
@@ -93,8 +95,8 @@ def read_importance(path: str | Path, backbone: Mapping[str, Any], task: str) ->
     if not place.is_file():
         raise UsageError(f"{what}: there is no such file")
     try:
-        content = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(read_bytes(place))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{what}: cannot be read ({error})") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise CheckpointError(f"{what}: is no importance of format {_FORMAT}")
@@ -103,6 +105,10 @@ def read_importance(path: str | Path, backbone: Mapping[str, Any], task: str) ->
         raise CheckpointError(f"{what}: damaged (it does not say which backbone it belongs to)")
     check_fingerprint(recorded, backbone, what)
     importance = importance_of(content, what)
+    try:
+        check_seal(content)
+    except ValueError as error:
+        raise CheckpointError(f"{what}: damaged ({error})") from None
     if content.get("task") not in (None, task):
         measured_on = str(content["task"])[:100]
         rank_zero_only(_log.warning)("%s: was measured on %s, the task here is %s", what, measured_on, task)

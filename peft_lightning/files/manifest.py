@@ -13,14 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from peft_lightning.atomic import atomic_write_together
-from peft_lightning.errors import CheckpointError
+from peft_lightning.errors import CheckpointError, first_line
 from peft_lightning.files.checksum import verify
 from peft_lightning.files.packed import pack, unpack
+from peft_lightning.reading.limits import parse_json, read_bytes
+from peft_lightning.reading.pickled import read_pickled
+from peft_lightning.reading.seal import check_seal, sealed
 
 __all__ = ["FORMAT", "MANIFEST_KEY", "read_file", "write_adapter"]
 
@@ -68,11 +69,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     verify(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file: all mean the same to the user
-        raise CheckpointError(
-            f"{path}: damaged, truncated or not a checkpoint ({type(error).__name__} while reading it)"
-        ) from error
+        content = read_pickled(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged, truncated or not a checkpoint ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint (it holds a {type(content).__name__})")
     return content
@@ -81,14 +80,15 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 def _read_adapter(folder: Path) -> dict[str, Any]:
     tensors = folder / "adapter.safetensors"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        payload = tensors.read_bytes()
+        manifest = parse_json(read_bytes(folder / "manifest.json"))
         if not isinstance(manifest, dict):
             raise ValueError("manifest.json holds no mapping")
+        check_seal(manifest)
+        payload = read_bytes(tensors)
         if hashlib.sha256(payload).hexdigest() != manifest.get("sha256"):
             raise ValueError("the SHA-256 of adapter.safetensors differs from the manifest's")
         return {"state_dict": unpack(payload), MANIFEST_KEY: manifest}
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: damaged or incomplete adapter ({error})") from error
 
 
@@ -101,6 +101,6 @@ def write_adapter(folder: str | Path, tensors: Mapping[str, Tensor], manifest: M
         manifest: JSON-able description; ``sha256`` is added.
     """
     payload = pack(tensors)
-    described = {**manifest, "sha256": hashlib.sha256(payload).hexdigest()}
+    described = sealed({**manifest, "sha256": hashlib.sha256(payload).hexdigest()})
     text = json.dumps(described, indent=2, sort_keys=True) + "\n"
     atomic_write_together(folder, {"adapter.safetensors": payload, "manifest.json": text.encode()})

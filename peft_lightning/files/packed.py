@@ -9,11 +9,13 @@ under the file's checksum: it groups the names that differ in their layer number
 
 A group without ``layers`` is one name, ``names`` holding it alone. ``masked`` means that only the entries where the
 bool tensor ``<name>_mask`` is True are stored; the others are zeros. A file
-of masks may say how they were made: its index is then ``{"tensors": [groups], "record": {...}}``.
+of masks may say how they were made: its index is then ``{"tensors": [groups], "record": {...}, "sha256": "..."}``, with
+the SHA-256 of the others and of what is stored.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -23,9 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
+
+from peft_lightning.reading.limits import parse_json, read_safetensors
 
 __all__ = ["MASK", "pack", "read_record", "unpack"]
 
@@ -61,7 +64,8 @@ def pack(state: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -
         state: name -> tensor; the mask of a tensor ``X`` is the bool tensor ``X_mask`` of its shape. A tensor with a
             value other than zero where its mask is False is stored whole, so nothing is ever lost. (Of a removed
             weight only the sign of its zero is.)
-        record: plain values to keep in the index, where there are masks; :func:`read_record` reads them.
+        record: plain values to keep in the index, where there are masks, with the SHA-256 of all of it;
+            :func:`read_record` reads them. None: neither is kept.
 
     Returns:
         The content of a safetensors file.
@@ -84,7 +88,10 @@ def pack(state: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -
     stored = {f"values.{dtype}": torch.cat(parts) for dtype, parts in pieces.items()}
     stored["bits"] = torch.from_numpy(np.packbits(bits.numpy()))
     # One entry, for the order of several is random in the file.
-    index = {"tensors": groups, "record": dict(sorted(record.items()))} if record else groups
+    index: Any = groups
+    if record is not None:
+        index = {"tensors": groups, "record": json.loads(json.dumps(dict(sorted(record.items()))))}
+        index["sha256"] = _digest(index, stored)
     return save_safetensors(stored, metadata={_KEY: json.dumps(index, separators=(",", ":"))})
 
 
@@ -92,14 +99,14 @@ def unpack(payload: bytes) -> dict[str, Tensor]:
     """The tensors that :func:`pack` was given.
 
     Raises:
-        ValueError: if the index is malformed or does not agree with what is stored.
-        SafetensorError: if the content is no safetensors file.
+        ValueError: if the content is no safetensors file, or its index is malformed or does not agree with what is
+            stored.
     """
-    stored = load_safetensors(payload)
+    stored = read_safetensors(payload)
     index = _metadata(payload).get(_KEY)
     if index is None:
         return stored
-    entries = list(_expand(_checked(index)))
+    entries = list(_expand(_checked(index, stored)))
     by_name = {entry.name: entry for entry in entries}
     if len(by_name) != len(entries):
         raise ValueError("the index names a tensor twice")
@@ -119,11 +126,19 @@ def read_record(payload: bytes) -> dict[str, Any]:
         ValueError: if the record is no mapping.
     """
     index = _metadata(payload).get(_KEY)
-    content = json.loads(index) if index is not None else []
+    content = parse_json(index) if index is not None else []
     record = content.get("record", {}) if isinstance(content, dict) else {}
     if not isinstance(record, dict):
         raise ValueError("the index has a record that is no mapping")
     return record
+
+
+def _digest(index: Mapping[str, Any], stored: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(index, sort_keys=True).encode())
+    for name, tensor in sorted(stored.items()):
+        digest.update(f"{name} {tensor.dtype} ".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _is_masked(name: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -177,13 +192,12 @@ def _expand(groups: list[dict[str, Any]]) -> Iterator[_Entry]:
             yield _Entry(name, shape, group["dtype"], group.get("masked", False))
 
 
-def _checked(text: str) -> list[dict[str, Any]]:
+def _checked(text: str, stored: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """Parse an index; every field has its type, and it names a bounded number of tensors."""
-    try:
-        groups = json.loads(text)
-    except RecursionError:
-        raise ValueError("the index is nested too deeply") from None
-    if isinstance(groups, dict) and groups.keys() <= {"tensors", "record"}:
+    groups = parse_json(text)
+    if isinstance(groups, dict) and groups.keys() <= {"tensors", "record", "sha256"}:
+        if groups.pop("sha256", None) not in (None, _digest(groups, stored)):
+            raise ValueError("the SHA-256 in the index is not that of what is stored")
         groups = groups.get("tensors")
     if not isinstance(groups, list):
         raise ValueError("the index is no list")
@@ -226,7 +240,7 @@ def _is_range(pair: Any) -> bool:
 
 def _metadata(payload: bytes) -> dict[str, Any]:
     """The file's own metadata; the layout has been checked by whoever loaded the tensors."""
-    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+    header = parse_json(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
     found = header.get("__metadata__") or {}
     return found if isinstance(found, dict) else {}
 

@@ -19,6 +19,8 @@ from peft_lightning.backbones.options import PRUNED_FILE
 from peft_lightning.errors import CheckpointError, first_line
 from peft_lightning.files.foreign import read_json
 from peft_lightning.layers.plan import PrunePlan
+from peft_lightning.reading.limits import file_inside, regular_size
+from peft_lightning.reading.seal import check_seal, sealed
 
 __all__ = ["PrunedRecord", "check_digests", "read_pruned", "write_pruned"]
 
@@ -71,7 +73,7 @@ def write_pruned(folder: Path, record: PrunedRecord, files: Iterable[str] = ()) 
         files: names of the files.
     """
     digests = {name: _digest(folder / name) for name in files}
-    content = {"format": _FORMAT, **asdict(record), "plan": record.plan.plain(), "sha256": digests}
+    content = sealed({"format": _FORMAT, **asdict(record), "plan": record.plan.plain(), "sha256": digests})
     text = json.dumps(content, indent=1, sort_keys=True) + "\n"
     atomic_write(folder / PRUNED_FILE, lambda file: file.write(text.encode()))
 
@@ -109,9 +111,14 @@ def read_pruned(folder: Path) -> PrunedRecord:
         raise CheckpointError(f"{path}: damaged (sha256 must give each file's digest)")
     if lacking := [name for name in _TENSORS[kind] if name not in digests]:
         raise CheckpointError(f"{path}: damaged (it has no digest of {lacking[0]})")
+    plan = PrunePlan.of(content.get("plan"), str(path))
+    try:
+        check_seal(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from None
     return PrunedRecord(
         kind=kind,
-        plan=PrunePlan.of(content.get("plan"), str(path)),
+        plan=plan,
         labels=tuple(str(label) for label in content["labels"]),
         sha256=digests,
         **{key: content[key] for key in ("model_class", "outputs", "backbone", "source")},
@@ -126,7 +133,7 @@ def check_digests(folder: Path, record: PrunedRecord) -> None:
     """
     for name, digest in record.sha256.items():
         try:
-            found = _digest(folder / name)
+            found = _digest(file_inside(folder, name))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder / name}: missing or not readable ({first_line(error)})") from None
         if found != digest:
@@ -134,6 +141,7 @@ def check_digests(folder: Path, record: PrunedRecord) -> None:
 
 
 def _digest(path: Path) -> str:
+    regular_size(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -6,7 +6,6 @@ method the rates and epochs, a variant or a task the method's arguments.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -19,6 +18,7 @@ from peft_lightning.errors import UsageError
 from peft_lightning.study.options import check_known, check_lengths, check_numbers, mapping
 from peft_lightning.task_module import TaskModule
 from peft_lightning.tasks.table import get_task
+from peft_lightning.trust import find_class
 
 __all__ = ["DataRegime", "Grid", "MethodGrid", "merged_settings", "read_grid"]
 
@@ -116,17 +116,12 @@ class MethodGrid:
         """The class itself.
 
         Raises:
-            UsageError: there is none, or it is no method for a labelled task.
+            UsageError: there is none, it is of no trusted package, or it is no method for a labelled task.
         """
-        module, _, name = self.class_path.rpartition(".")
-        try:
-            found = getattr(importlib.import_module(module) if module else methods, name)
-        except (ImportError, AttributeError, ValueError) as error:
-            allowed = ", ".join(methods.__all__)
-            raise UsageError(f"class_path = {self.class_path!r}: must be {allowed}, or a path ({error})") from None
-        if not (isinstance(found, type) and issubclass(found, TaskModule)):
-            raise UsageError(f"class_path = {self.class_path!r}: must be a method for a labelled task")
-        return found
+        path = self.class_path
+        if "." not in path and path not in methods.__all__:
+            raise UsageError(f"class_path = {path!r}: must be {', '.join(methods.__all__)}, or a path")
+        return find_class(path if "." in path else f"{methods.__name__}.{path}", TaskModule, "class_path")
 
     def arguments(self, task: str) -> dict[str, dict[str, Any]]:
         """Variant -> arguments for a task; a method without variants has one, called default."""

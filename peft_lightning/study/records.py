@@ -19,6 +19,7 @@ from typing import Any
 
 from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import DataError, UsageError
+from peft_lightning.reading.limits import parse_json, read_bytes
 
 __all__ = ["RunRecord", "environment", "read_record", "write_record"]
 
@@ -91,9 +92,8 @@ def write_record(path: str | Path, record: RunRecord) -> Path:
 def read_record(path: str | Path) -> RunRecord:
     """Return the record in a JSON file. Raises DataError, with the path, where it holds none."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        return RunRecord(**values)
-    except (TypeError, ValueError) as error:
+        return RunRecord(**parse_json(read_bytes(Path(path))))
+    except (OSError, TypeError, ValueError) as error:
         known = [entry.name for entry in fields(RunRecord)]
         raise DataError(f"{path} holds no run record with the fields {known}: {error}") from error
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import platform
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -22,6 +23,8 @@ import torch
 from peft_lightning import __version__
 from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import DataError
+from peft_lightning.reading.limits import parse_json, read_bytes
+from peft_lightning.reading.seal import SEAL, check_seal, sealed
 from peft_lightning.study.records import environment
 
 __all__ = ["StudyFolder", "majorities", "read_study", "versions", "write_json"]
@@ -47,7 +50,7 @@ class StudyFolder:
     def finished(self, digest: str) -> Record | None:
         """Return a cell's record if it is there and did not fail; a damaged file counts as none."""
         try:
-            record = json.loads(self.path(digest).read_text(encoding="utf-8"))
+            record = _read(self.path(digest))
         except (OSError, ValueError):
             return None
         return record if isinstance(record, dict) and _RESULTS <= record.keys() else None
@@ -105,7 +108,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         DataError: the disk refuses, or JSON has no form for a value.
     """
     try:
-        text = json.dumps(content, allow_nan=False)
+        text = json.dumps(sealed(content), allow_nan=False)
         atomic_write(path, lambda file: file.write(f"{text}\n".encode()))
     except (OSError, TypeError, ValueError) as error:
         raise DataError(f"{path}: cannot be written ({error})") from error
@@ -133,9 +136,27 @@ def majorities(folder: str | Path) -> dict[str, dict[str, float]]:
 
 def _about(folder: str | Path, name: str) -> Any:
     try:
-        return json.loads((Path(folder) / "study.json").read_text(encoding="utf-8"))[name]
+        content = _read(Path(folder) / "study.json")
+        cells = content["cells"]
+        if not all(re.fullmatch("[0-9a-f]{8,64}", digest) and isinstance(key, dict) for digest, key in cells):
+            raise ValueError("a cell has no digest, or is no mapping")
+        return content[name]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: holds no study ({error!r})") from error
+
+
+def _read(path: Path) -> Any:
+    """A JSON file; a digest that it has agrees with the rest.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it cannot be read.
+    """
+    content = parse_json(read_bytes(path))
+    if isinstance(content, dict):
+        check_seal(content)
+        content.pop(SEAL, None)
+    return content
 
 
 def versions(device: torch.device) -> dict[str, str]:

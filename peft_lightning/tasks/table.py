@@ -60,6 +60,12 @@ class Task:
     unlabelled: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for option in ("name", "kind", "label", "folder"):
+            if not isinstance(value := getattr(self, option), str):
+                raise UsageError(f"task.{option} is {repr(value)[:200]}; allowed: a text")
+        for option in ("splits", "options", "also"):
+            if not isinstance(value := getattr(self, option), Mapping):
+                raise UsageError(f"task.{option} is {repr(value)[:200]}; allowed: a mapping")
         for option in ("text", "labels", "metrics", "hub", "unlabelled"):
             object.__setattr__(self, option, self._names(option))
         object.__setattr__(self, "folder", self.folder or self.name)

@@ -80,7 +80,7 @@ class Template:
     @staticmethod
     def _slot(text: str, field: str, changes: str, spaced: bool, count: int) -> _Slot:
         names = tuple(changes.split(",")) if changes else ()
-        if not field.isdecimal() or int(field) >= count or not set(names) <= set(_CHANGES):
+        if not field.isdecimal() or len(field) > 2 or int(field) >= count or not set(names) <= set(_CHANGES):
             what = f"{field}:{changes}" if changes else field
             raise UsageError(
                 f"task.options.template is {text!r}, which has {{{what}}}; allowed: 0 to {count - 1} and {_MASK},"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 import time
 from pathlib import Path
@@ -194,6 +195,7 @@ def test_a_changed_kind_changes_the_key(
     task = dataclasses.replace(TASK, kind="a_kind_from_outside.Outside")
     for more in ("", "HELPER = 1\n", "HELPER = 1\n"):
         path.write_text(text + more)
+        importlib.import_module("a_kind_from_outside")  # its user has to, before a task may name it
         module(task, rows={"train": ROWS}).labels("train")
     assert len(tokenizations) == 2
     monkeypatch.setattr(sys.modules["a_kind_from_outside"].Outside, "__module__", "__main__")

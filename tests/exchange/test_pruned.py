@@ -24,6 +24,7 @@ from peft_lightning.backbones.tokenizers import load_tokenizer
 from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.exchange import ExchangeWarning, export_adapter, import_adapter
 from peft_lightning.layers.norms import backbone_norms
+from peft_lightning.reading.seal import sealed
 from tests.families import inputs
 from tests.pruned import HEADS, four_heads, pruned
 from tests.toy import build
@@ -78,8 +79,9 @@ def quietly(m: PruneLoRAModule, folder: Path, **options: Any) -> Path:
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """Change a file's values; what ``pruned.json`` says of its digest follows."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Change a file's values; what ``pruned.json`` says of its digest follows, and of its own."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(sealed(content) if path.name == "pruned.json" else content))
     if path.name == "config.json":
         redigest(path)
 

@@ -97,3 +97,22 @@ def test_damages(changes: dict[str, Any], message: str, folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(CheckpointError, match=f"pruned.json: .*{message}"):
         read_pruned(folder)
+
+
+def test_another_plan_is_a_damage_too(folder: Path) -> None:
+    content = json.loads((folder / PRUNED_FILE).read_text())
+    content["outputs"] = 3
+    (folder / PRUNED_FILE).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"pruned.json: damaged .it was changed after it was written"):
+        read_pruned(folder)
+    content.pop("sha256_of_this")  # of an earlier version
+    (folder / PRUNED_FILE).write_text(json.dumps(content))
+    assert read_pruned(folder).outputs == 3
+
+
+def test_a_link_that_leads_out_of_the_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "model.safetensors"
+    (folder / "model.safetensors").rename(elsewhere)
+    (folder / "model.safetensors").symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match="is a link that leads out of the folder"):
+        check_digests(folder, read_pruned(folder))

@@ -17,6 +17,7 @@ from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.exchange import ExchangeWarning, export_adapter, import_adapter
 from peft_lightning.files.manifest import write_adapter
 from peft_lightning.files.sources import read_source, source_names
+from peft_lightning.reading.seal import sealed
 from tests.sources import backbone_folder, module, written
 from tests.toy import build, data, trainer
 
@@ -209,7 +210,7 @@ def test_pickles_and_damage(backbone: str, tmp_path: Path) -> None:
     own = written(tmp_path / "own", module(backbone, 0), "peft_lightning")
     manifest = json.loads((own / "manifest.json").read_text())
     manifest["hyper_parameters"]["adapter"]["bottleneck"] = "six"
-    (own / "manifest.json").write_text(json.dumps(manifest))
+    (own / "manifest.json").write_text(json.dumps(sealed(manifest)))
     with pytest.raises(CheckpointError, match="damaged .its setting of the adapter"):
         read_source(own)
 

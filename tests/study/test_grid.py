@@ -119,7 +119,7 @@ def test_a_task_may_be_spelt_out() -> None:
         ({"data": {"shots": [0]}}, r"data.shots = \[0\]: must be a list of different whole numbers, at least 1"),
         ({"data": {"batch_size": 0}}, r"data.batch_size = 0: must be at least 1"),
         ({"methods": {"m": {"class_path": "Nothing"}}}, r"methods.m: class_path = 'Nothing': must be FineTuneModule, "),
-        ({"methods": {"m": {"class_path": "SCTDPretrainModule"}}}, r"must be a method for a labelled task"),
+        ({"methods": {"m": {"class_path": "SCTDPretrainModule"}}}, r"must be a subclass of .*module.TaskModule"),
         ({"methods": {"m": {"class": "x"}}}, r"methods.m has no option 'class' \(.*\); allowed: class_path, "),
         ({"methods": {"n": {}}}, r"methods.n: .*class_path"),
         ({"methods": {"m": {"init_args": {"adaptor": 1}}}}, r"SparseAdapterModule has no argument 'adaptor' here \("),

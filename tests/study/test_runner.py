@@ -16,6 +16,7 @@ from peft_lightning import FewShotDataModule, SparseAdapterModule, export_adapte
 from peft_lightning.backbones.sharing import SharedBackbones
 from peft_lightning.cli.main import main
 from peft_lightning.errors import DataError, UsageError
+from peft_lightning.reading.seal import SEAL
 from peft_lightning.study import work
 from peft_lightning.study.grid import merged_settings, read_grid
 from peft_lightning.study.results import StudyFolder, majorities, read_study
@@ -97,7 +98,8 @@ def test_steps_end_inside_an_epoch_alone_and_side_by_side(backbone: str, tmp_pat
 def test_a_record_is_complete_and_in_the_file(backbone: str, tmp_path: Path) -> None:
     (record,) = run(grid_of(backbone, {"m": SPARSE}, seeds=[3], epochs=[2]), tmp_path)
     (path,) = (tmp_path / "cells").iterdir()
-    assert json.loads(path.read_text()) == record == read_study(tmp_path)[0]
+    written = {name: value for name, value in json.loads(path.read_text()).items() if name != SEAL}
+    assert written == record == read_study(tmp_path)[0]
     assert record["cell"] == {
         "method": "m", "variant": "default", "task": "toy_sentiment", "shots": 10, "seed": 3, "lr": 5e-3, "epochs": 2,
     }  # fmt: skip
@@ -180,7 +182,7 @@ def test_a_cell_without_results_is_run_again(backbone: str, tmp_path: Path) -> N
     (path,) = (tmp_path / "cells").iterdir()
     path.write_text(json.dumps({"test": {}}))
     (again,) = run(grid, tmp_path)
-    assert again["predictions"] == record["predictions"] and json.loads(path.read_text()) == again
+    assert again["predictions"] == record["predictions"] and json.loads(path.read_text()).items() >= again.items()
 
 
 def test_a_killed_study_goes_on_and_repeats_nothing(

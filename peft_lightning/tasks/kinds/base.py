@@ -23,6 +23,7 @@ from peft_lightning.errors import DataError, UsageError
 from peft_lightning.tasks import kinds
 from peft_lightning.tasks.batch import Batch
 from peft_lightning.tasks.table import Task
+from peft_lightning.trust import find_class
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -281,20 +282,13 @@ def build_kind(task: Task) -> Kind:
     """Return the kind of ``task``.
 
     Raises:
-        UsageError: there is no such kind, it is no :class:`Kind`, or it refuses the task.
+        UsageError: there is no such kind, it is of no trusted package or no :class:`Kind`, or it refuses the task.
     """
-    module, _, name = task.kind.rpartition(".")
-    inside = not module
-    if inside:
+    name = task.kind
+    if "." not in name:
         known = sorted(info.name for info in pkgutil.iter_modules(kinds.__path__) if info.name != "base")
         if name not in known:
             raise UsageError(f"task.kind is {name!r}; allowed: {', '.join(known)}, or package.module.Class")
-        module = f"{kinds.__name__}.{name}"
-    try:
-        members = vars(importlib.import_module(module))
-    except ImportError as error:
-        raise UsageError(f"task.kind is {task.kind!r}, which cannot be imported: {error}") from error
-    found = next((value for key, value in members.items() if (key.lower() if inside else key) == name), None)
-    if not (isinstance(found, type) and issubclass(found, Kind)):
-        raise UsageError(f"task.kind is {task.kind!r}; allowed: a subclass of {Kind.__module__}.Kind")
-    return found(task)
+        members = vars(importlib.import_module(f"{kinds.__name__}.{name}"))
+        return next(value for key, value in members.items() if key.lower() == name)(task)
+    return find_class(task.kind, Kind, "task.kind")(task)

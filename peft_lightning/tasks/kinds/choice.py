@@ -274,7 +274,7 @@ def _place(value: Any, names: Sequence[str]) -> int:
         text = value.strip()
         if text in names:
             return names.index(text)
-        if not names and text.isdecimal():
+        if not names and len(text) < 20 and text.isdecimal():
             return int(text)
         if not names and len(text) == 1 and "A" <= text <= "Z":
             return ord(text) - ord("A")

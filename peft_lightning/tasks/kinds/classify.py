@@ -49,13 +49,13 @@ class Classify(Kind):
         for name in (str(value), str(value).lower()) if isinstance(value, bool) else (str(value),):
             if name in self.task.labels:
                 return self.task.labels.index(name)
-        if isinstance(value, str) and value.strip().isdecimal():
+        if isinstance(value, str) and len(value) < 20 and value.strip().isdecimal():
             value = int(value)
         number = int(value) if isinstance(value, bool) and self.num_outputs == 2 else whole_number(value)
         if number is not None and 0 <= number < self.num_outputs:
             return number
         numbers, names = f"0 to {self.num_outputs - 1}", ", ".join(self.task.labels)
-        raise DataError(f"the label is {value!r}; allowed: {numbers}, or one of {names}")
+        raise DataError(f"the label is {repr(value)[:200]}; allowed: {numbers}, or one of {names}")
 
     def classes(self, target: Any = None) -> tuple[str, ...]:
         """Return the name of the class ``target``, or all names."""

@@ -95,7 +95,7 @@ class Tags(Kind):
         return tuple(dict.fromkeys(name[2:] for name in names if name != _OUTSIDE))
 
     def _number(self, tag: Any) -> int:
-        if isinstance(tag, str) and (tag in self._numbers or tag.isdecimal()):
+        if isinstance(tag, str) and (tag in self._numbers or (len(tag) < 20 and tag.isdecimal())):
             tag = self._numbers[tag] if tag in self._numbers else int(tag)
         number = whole_number(tag)
         if number is not None and 0 <= number < self.num_outputs:

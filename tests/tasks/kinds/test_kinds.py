@@ -94,9 +94,10 @@ def test_kinds_are_found_by_name() -> None:
     [
         ("klassify", r"task.kind is 'klassify'; allowed: .*classify, .*regress, .*or package.module.Class"),
         ("base", r"task.kind is 'base'; allowed: .*classify, .*regress"),
-        ("no_such_package.Kind", r"task.kind is 'no_such_package.Kind', which cannot be imported: No module"),
-        (f"{__name__}.Missing", r"task.kind is '.*Missing'; allowed: a subclass of .*kinds.base.Kind"),
-        (f"{__name__}.NoKind", r"task.kind is '.*NoKind'; allowed: a subclass of .*kinds.base.Kind"),
+        ("no_such_package.Kind", r"task.kind = 'no_such_package.Kind': is of none of the packages peft_l"),
+        ("peft_lightning.nothing.Kind", r"task.kind = 'peft_lightning.nothing.Kind': cannot be imported \(No module"),
+        (f"{__name__}.Missing", r"task.kind = '.*Missing': must be a subclass of .*kinds.base.Kind"),
+        (f"{__name__}.NoKind", r"task.kind = '.*NoKind': must be a subclass of .*kinds.base.Kind"),
     ],
 )
 def test_unknown_kinds(kind: str, message: str) -> None:

@@ -1,0 +1,85 @@
+"""YAML is looked through before it is read: names for names can make a small file fill the memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peft_lightning.errors import UsageError, first_line
+from peft_lightning.reading.limits import read_bytes
+
+__all__ = ["check_yaml", "read_yaml"]
+
+_MOST_BYTES = 1 << 22
+_MOST_VALUES = 100_000
+_DEEPEST = 60
+_LONGEST_NUMBER = 1000
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds, in plain values.
+
+    Raises:
+        UsageError: it is missing, no YAML, or too large.
+    """
+    text = check_yaml(path)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise _refused(path, f"is no YAML ({' '.join(str(error).split())[:300]})") from None
+
+
+def check_yaml(path: str | Path) -> str:
+    """The text of a YAML file that is not too large, written out with every name in it replaced.
+
+    Raises:
+        UsageError: it is missing, no YAML, or too large.
+    """
+    try:
+        text = read_bytes(Path(path), _MOST_BYTES).decode("utf-8-sig")
+        _count(text)
+    except FileNotFoundError:
+        raise _refused(path, "there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise _refused(path, f"is no YAML (it is not UTF-8: {error.reason} at byte {error.start})") from None
+    except yaml.YAMLError as error:
+        raise _refused(path, f"is no YAML ({' '.join(str(error).split())[:300]})") from None
+    except (OSError, ValueError) as error:
+        raise _refused(path, f"cannot be read ({first_line(error)})") from None
+    return text
+
+
+def _refused(path: str | Path, reason: str) -> UsageError:
+    return UsageError(f"config = {path}: {reason}")
+
+
+def _count(text: str) -> None:
+    """Follow the file's events, which are as many as its words, and count the values that they stand for."""
+    sizes: dict[str, int] = {}
+    open_: list[tuple[str | None, int]] = []  # name of each collection around, and the count before it
+    total = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise ValueError("a collection holds itself")
+            total += sizes[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            total += 1
+            if len(event.value) > _LONGEST_NUMBER and not event.style and event.value[0] in "+-.0123456789":
+                raise ValueError(f"has a number of {len(event.value):,} characters")
+            if event.anchor:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_.append((event.anchor, total))
+            total += 1
+            if event.anchor:
+                sizes.pop(event.anchor, None)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            name, before = open_.pop()
+            if name:
+                sizes[name] = total - before
+        if total > _MOST_VALUES or len(open_) > _DEEPEST:
+            raise ValueError(f"would be more than {_MOST_VALUES:,} values, or more than {_DEEPEST} deep")

@@ -1,0 +1,68 @@
+"""Parquet files are looked through before they are read: a page of a few bytes can stand for gigabytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft_lightning.reading.limits import regular_size
+
+if TYPE_CHECKING:
+    from pyarrow import parquet
+
+__all__ = ["check_parquet"]
+
+# What a file may be in memory: so much in any case, and so many times its size.
+_LEAST, _TIMES = 1 << 29, 40
+
+
+def check_parquet(path: Path) -> None:
+    """Compare what a Parquet file would be in memory with its size.
+
+    Raises:
+        ValueError: it would be too much, or the file is damaged (pyarrow's own kinds are ValueErrors).
+        OSError: it cannot be read.
+    """
+    from pyarrow import parquet
+
+    most = max(_LEAST, _TIMES * regular_size(path))
+    with parquet.ParquetFile(path) as file:
+        about, schema = file.metadata, file.schema
+        groups = [about.row_group(number) for number in range(about.num_row_groups)]
+        columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+        claimed = sum(max(column.total_uncompressed_size, 0) for column in columns)
+        _refuse(max(claimed, 8 * sum(max(column.num_values, 0) for column in columns), about.num_rows), most)
+        texts = [schema.column(n).path for n in range(len(schema)) if schema.column(n).physical_type == "BYTE_ARRAY"]
+        if any("DICTIONARY" in str(column.encodings) for column in columns if column.path_in_schema in texts):
+            _check_texts(path, texts, len(groups), most)
+
+
+def _check_texts(path: Path, names: list[str], groups: int, most: int) -> None:
+    """A word of a dictionary is stored once, however often it is used; here too, until it is known how often."""
+    from pyarrow import parquet
+
+    total = 0
+    with parquet.ParquetFile(path, read_dictionary=names) as file:
+        for number in range(groups):
+            total += sum(_written_out(file, number, name) for name in names)
+            _refuse(total, most)
+
+
+def _written_out(file: parquet.ParquetFile, group: int, name: str) -> int:
+    import pyarrow as pa
+    from pyarrow import compute
+
+    total = 0
+    for column in file.read_row_group(group, columns=[name]).columns:
+        for chunk in column.chunks:
+            while pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type) or pa.types.is_struct(chunk.type):
+                chunk = chunk.field(0) if pa.types.is_struct(chunk.type) else chunk.values
+            if pa.types.is_dictionary(chunk.type) and len(chunk):
+                lengths = compute.binary_length(chunk.dictionary).cast(pa.int64())
+                total += compute.sum(lengths.take(chunk.indices)).as_py() or 0
+    return total
+
+
+def _refuse(bytes_: int, most: int) -> None:
+    if bytes_ > most:
+        raise ValueError(f"would be {bytes_:,} bytes in memory; allowed for a file of its size: {most:,}")

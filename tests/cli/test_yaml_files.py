@@ -1,0 +1,54 @@
+"""A small YAML file cannot fill the memory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from peft_lightning.cli.yaml_files import read_yaml
+from peft_lightning.errors import UsageError
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghi", "bcdefghij", strict=True)
+)
+BAD = {
+    "laughs": (LAUGHS, "would be more than 100,000 values"),
+    "deep": ("[" * 5000, "more than 60 deep"),
+    "in itself": ("a: &a [*a]", "a collection holds itself"),
+    "a number": (f"a: {'1' * 100_000}", "has a number of 100,000 characters"),
+    "sixties": ("a: " + "1:" * 5000 + "1", "has a number of 10,001 characters"),
+    "bytes": ("a: \xff", "is not UTF-8"),
+    "a class": ("a: !!python/object/apply:os.system [ls]", "is no YAML"),
+    "a date": ("a: 2001-99-99", "is no YAML"),
+    "braces": ("a: {b", "is no YAML"),
+    "an unknown name": ("a: *b", "is no YAML|collection"),
+    "a key that is a list": ("{[1]: 2}", "is no YAML"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_refused_and_soon(case: str, tmp_path: Path) -> None:
+    text, message = BAD[case]
+    (tmp_path / "x.yaml").write_bytes(text.encode("latin-1"))
+    begun = time.monotonic()
+    with pytest.raises(UsageError, match=f"config = .*x.yaml: .*({message})"):
+        read_yaml(tmp_path / "x.yaml")
+    assert time.monotonic() - begun < 10
+
+
+def test_a_large_file_a_folder_and_none(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a folder, not a file"):
+        read_yaml(tmp_path)
+    with pytest.raises(UsageError, match="there is no such file"):
+        read_yaml(tmp_path / "x.yaml")
+    with (tmp_path / "x.yaml").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UsageError, match="has 1,099,511,627,776 bytes; allowed: 4,194,304"):
+        read_yaml(tmp_path / "x.yaml")
+
+
+def test_names_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("a: &a {b: 1}\nc: [*a, *a]\n")
+    assert read_yaml(tmp_path / "x.yaml") == {"a": {"b": 1}, "c": [{"b": 1}, {"b": 1}]}
