@@ -32,7 +32,7 @@ stages for --set, each with what there is besides the preset's:
 
 examples:
   peft-lightning merge --adapters hub/imdb hub/qnli --preset wts --backbone bert-base-uncased --output merged
-  peft-lightning merge --adapters hub/imdb runs/qnli --preset acts+ --backbone bert-base-uncased \\
+  peft-lightning merge --adapters hub/imdb runs/qnli --backbone bert-base-uncased \\
       --data mrpc --set ridge=0.01 --scale sum --output merged
 """
 
@@ -93,7 +93,7 @@ def _parser() -> ToolParser:
     what.add_argument("--dtype", default="float32", help="what the backbone is held in: float32 or bfloat16")
     what.add_argument("--allow_bin", action="store_true", help="read pickled tensors (.bin), and nothing but tensors")
     how = parser.add_argument_group("how")
-    how.add_argument("--preset", default="acts+", help="one of the presets below (default: %(default)s)")
+    how.add_argument("--preset", default="select", help="one of the presets below (default: %(default)s)")
     how.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each adapter, of either sign")
     how.add_argument(
         "--scale",

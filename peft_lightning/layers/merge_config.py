@@ -41,7 +41,7 @@ class MergeConfig:
         UsageError: if a value is not allowed.
     """
 
-    preset: str = "acts+"
+    preset: str = "select"
     weights: list[float] | None = None
     scale: str | float | None = None
     tokens: int = 2048

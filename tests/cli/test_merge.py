@@ -75,7 +75,7 @@ def test_with_a_file_of_texts(
     assert (record["weights"], record["recipe"]["scale"], record["recipe"]["ridge"]) == ([1.0, -0.5], "sum", 0.01)
     assert {site["reference"] for site in record["sites"].values()} == {"source_1"}
     assert record["recipe"]["reference"] == 1
-    merge: dict[str, Any] = {"weights": [1.0, -0.5], "scale": "sum", "tokens": 50}
+    merge: dict[str, Any] = {"preset": "acts+", "weights": [1.0, -0.5], "scale": "sum", "tokens": 50}
     merge |= {"recipe": {"ridge": 0.01, "reference": "source_1"}}
     merge_adapters(family, tmp_path / "again", backbone=backbone, merge=merge, data=TEXTS, batch_size=4, max_length=16)
     assert same(out, tmp_path / "again")
@@ -126,16 +126,16 @@ REFUSED: dict[str, tuple[list[str], int, str]] = {
     "no data": (
         [],
         2,
-        "merge.preset = 'acts+': needs unlabelled data for activations; give data (--data TASK or --texts",
+        "merge.preset = 'select': needs unlabelled data for activations; give data (--data TASK or --texts",
     ),
     "preset": (["--preset", "best"], 2, "merge.preset = 'best': must be one of sum, avg, wts, acts, acts+, select"),
     "stage": (["--preset", "wts", "--set", "solver"], 2, "set = 'solver': must be a stage and its value"),
     "twice": (["--set", "ridge=1", "ridge=2"], 2, "set = 'ridge=2': must be a stage and its value, each stage once"),
-    "unknown stage": (["--set", "best=1"], 2, "merge.recipe.best: preset acts+ has balance"),
+    "unknown stage": (["--set", "best=1"], 2, "merge.recipe.best: preset select has balance"),
     "quoted": (["--preset", "wts", "--set", 'reference="0"'], 2, "merge.recipe.reference = '0': must be first, medoid"),
     "value": (["--set", "ridge=high"], 2, "merge.ridge = 'high': must be of type float, and finite"),
     "scale": (["--preset", "avg", "--scale", "median"], 2, "merge.scale = 'median': must be mean, sum or a number"),
-    "rank": (["--rank", "3"], 2, "merge.recipe.rank: preset acts+ has"),
+    "rank": (["--rank", "3"], 2, "merge.recipe.rank: preset select has"),
     "both": (["--data", "mrpc", "--texts", "t"], 2, "data = mrpc, texts = t: give one of them"),
     "split": (["--data", "mrpc", "--data_split", "dev"], 2, "data_split = 'dev': must be train, validation or test"),
     "root": (["--data", "mrpc", "--data_root", "nowhere"], 2, "data_root = nowhere: there is no such folder"),

@@ -225,7 +225,7 @@ def test_it_merges_without_a_fit(what: str) -> None:
     module.configure_model()
     assert module.manifest()["merged"] is None
     getattr(trainer(), what)(module, datamodule=data())
-    assert module.merged["preset"] == "acts+"
+    assert module.merged["preset"] == "select"
     module.predict(TEXTS)
 
 
@@ -376,7 +376,7 @@ def test_the_manifest_says_how_it_came_about(tmp_path: Path) -> None:
     assert manifest["adapter"]["bottleneck"] == 16 and "adapter" not in manifest["hyper_parameters"]
     origins = manifest["merged"]["origins"]
     assert [(origin["name"], origin["knows_weights"]) for origin in origins] == [("source0", True), ("source1", True)]
-    assert module.lines()["merged"] == f"acts+ of source0, source1, on {module.merged['tokens']:,} tokens"
+    assert module.lines()["merged"] == f"select of source0, source1, on {module.merged['tokens']:,} tokens"
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5])
@@ -404,7 +404,7 @@ def test_other_formats_read_what_is_written(kind: str, keep: float, tmp_path: Pa
 
 def test_nothing_is_exported_before_the_merge(tmp_path: Path) -> None:
     for format in ("adapterhub", "peft_lightning"):
-        with pytest.raises(UsageError, match="export: the adapters are not merged yet, for merge.preset = 'acts.'"):
+        with pytest.raises(UsageError, match="export: the adapters are not merged yet, for merge.preset = 'select'"):
             export_adapter(mera(), tmp_path / format, format=format)
 
 
@@ -465,7 +465,7 @@ def test_sources_that_do_not_fit(tmp_path: Path) -> None:
         mera(sources=toy_sources(tiny(0.0), {}, {"nonlinearity": "gelu"})).configure_model()
     with pytest.raises(UsageError, match=r"merge.weights = \[1.0\]: must be 2, one for each adapter"):
         mera(merge={"weights": [1.0]}).configure_model()
-    with pytest.raises(UsageError, match="merge.preset = 'acts.': LoRA adapters have cat"):
+    with pytest.raises(UsageError, match="merge.preset = 'select': LoRA adapters have cat"):
         mera(sources=toy_sources(tiny(0.0), {"kind": "lora"})).configure_model()
 
 
