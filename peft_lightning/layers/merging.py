@@ -250,7 +250,8 @@ def _side_by_side_masks(sources: Sequence[MergeSource], name: str) -> dict[str, 
 def _recipe(sources: Sequence[MergeSource], config: MergeConfig) -> Recipe:
     """The recipe; a single adapter needs neither alignment nor repair, and stays what it is."""
     recipe = config.resolve([source.name for source in sources])
-    if len(sources) == 1 and recipe.combine in ("average", "regmean"):
+    whole = recipe.combine == "select" and recipe.width in (None, sources[0].adapter.bottleneck)
+    if len(sources) == 1 and (whole or recipe.combine in ("average", "regmean")):
         return replace(recipe, balance=False, align="none", marginals="uniform", combine="average", repair="none")
     return recipe
 

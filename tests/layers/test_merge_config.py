@@ -55,7 +55,7 @@ def test_options_of_updates() -> None:
     assert MergeConfig(preset="cat").update_options()["scale"] == "mean"
     with pytest.raises(UsageError, match="merge.preset = 'svd': is for LoRA; bottleneck adapters have sum"):
         config.resolve()
-    with pytest.raises(UsageError, match=r"merge.preset = 'acts\+': LoRA adapters have cat, svd, ties, dare"):
+    with pytest.raises(UsageError, match=r"merge.preset = 'select': LoRA adapters have cat, svd, ties, dare"):
         MergeConfig().update_options()
 
 
@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "scale": ({"scale": "median"}, "merge.scale = 'median': must be mean, sum or a number"),
     "tokens": ({"tokens": 0}, "merge.tokens = 0: must be at least 1"),
     "streams": ({"streams": "both"}, "merge.streams = 'both': must be one of own, shared"),
-    "unknown stage": ({"recipe": {"solve": "emd"}}, r"merge.recipe.solve: preset acts\+ has balance, align"),
+    "unknown stage": ({"recipe": {"solve": "emd"}}, r"merge.recipe.solve: preset select has balance, align"),
     "scale twice": ({"recipe": {"scale": "sum"}}, "merge.recipe.scale = 'sum': is merge.scale"),
     "stage": ({"recipe": {"solver": "greedy"}}, "merge.solver = 'greedy': must be one of assignment"),
     "pair": ({"preset": "avg", "recipe": {"width": 3}}, "merge.width = 3: merge.combine must be select"),
