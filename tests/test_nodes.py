@@ -38,7 +38,11 @@ def fit_words(folder: Path, ranks: int, nodes: int, die: tuple[int, int]) -> lis
     """A fit of the toy run on CPUs, of which one process may die: (rank, step)."""
     words = [*configs("sparse_adapter", "overlays/toy", "overlays/multi_node", "overlays/cpu"), *FEW]
     words += ["--run_dir", str(folder), f"--trainer.devices={ranks // nodes}", f"--trainer.num_nodes={nodes}"]
-    words += ["--trainer.callbacks+=tests.nodes_worker.Die", f"--trainer.callbacks.rank={die[0]}"]
+    words += [
+        "--import=tests.nodes_worker",
+        "--trainer.callbacks+=tests.nodes_worker.Die",
+        f"--trainer.callbacks.rank={die[0]}",
+    ]
     return [*words, f"--trainer.callbacks.step={die[1]}", f"--trainer.callbacks.folder={folder}"]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from peft_lightning.cli.parser import ToolParser, plain_notes
 from peft_lightning.errors import DataError, UsageError
-from peft_lightning.reading.limits import read_bytes
 
 __all__ = ["run_merge"]
 
@@ -178,6 +177,8 @@ def _data(given: argparse.Namespace) -> Any:
 
 
 def _lines(path: Path) -> list[str]:
+    from peft_lightning.reading.limits import read_bytes
+
     try:
         lines = [line.strip() for line in read_bytes(path).decode("utf-8").splitlines()]
     except (OSError, ValueError) as error:
