@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = _record(options.tiny, clean_environment(options.allow_dirty or options.tiny))
     write_record((options.out or default) / "scaling.json", record)
     text = scaling_table(record)
-    if not options.tiny:
+    if not options.tiny and options.out is None:
         write_generated(ROOT / "benchmarks" / "RESULTS.md", "scaling", text)
     CONSOLE.print(text)
 
