@@ -30,6 +30,7 @@ from peft_lightning.tasks.table import TASKS, get_task
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 HUB = "--config configs/overlays/gpu_bf16.yaml"
+SEVERAL = "--trainer.devices"
 
 ELSEWHERE = {
     "make setup": "every target needs it; .ci/run starts from it",
@@ -76,9 +77,6 @@ def _run(command: str) -> None:
     """Run a ``peft-lightning`` command in this process; exit status 0 or nothing is good."""
     words = shlex.split(command)
     assert words[0] == "peft-lightning", f"{command}: no test knows how to run it"
-    if "--trainer.devices" in words:  # which starts more processes like this one
-        subprocess.run([sys.executable, "-m", "peft_lightning", *words[1:]], check=True, timeout=140)
-        return
     try:
         main(words[1:])
     except SystemExit as end:
@@ -133,14 +131,29 @@ def _shape(text: str) -> list[str]:
     return [" ".join(line.split()) for line in lines if line.strip()]
 
 
+def _readme_commands() -> list[str]:
+    """Return the ``peft-lightning`` commands of the README that are run here."""
+    return [each for each in _commands(DOCUMENTS[0]) if each.startswith("peft-lightning") and each not in ELSEWHERE]
+
+
+def test_commands_of_the_readme_with_several_devices_run(workplace: Path) -> None:
+    """Processes that start more of their kind have to be fresh ones."""
+    commands = [command for command in _readme_commands() if SEVERAL in command]
+    assert commands
+    for command in commands:
+        words = [sys.executable, "-m", "peft_lightning", *shlex.split(command)[1:]]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=140)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.timeout(300)  # a minute on a quiet machine, for some twenty commands
 def test_commands_of_the_readme_run(workplace: Path) -> None:
     _write_reviews(workplace)
     _write_encoder_and_data(workplace / "path" / "to")
     _write_texts(workplace)
     _write_demo(workplace / "runs" / "demo")
-    ran = [command for command in _commands(DOCUMENTS[0]) if command.startswith("peft-lightning")]
-    for command in ran:
-        if command not in ELSEWHERE:
+    for command in _readme_commands():
+        if SEVERAL not in command:
             _run(command)
     assert len((workplace / "runs" / "first" / "predictions.jsonl").read_text().splitlines()) > 0
     assert (workplace / "runs" / "reviews" / "report.json").is_file()
