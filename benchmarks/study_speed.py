@@ -2,7 +2,8 @@
 
 Few-shot runs of a Pfeiffer adapter (width 48, 10 epochs over 10 shots per class of SST-2 in batches of 8, tested on 500
 rows), 4 rates on each of 2 splits. The process of a run is that of a study of one cell, with the data tokenised before:
-less than ``fit`` and ``test`` take. What is read once (backbone, rows) is in the time of every arm.
+less than ``fit`` and ``test`` take. What is read once (backbone, rows) is in the time of every arm; several processes
+read it each, which the larger grid (ten splits) has the time for.
 """
 
 from __future__ import annotations
@@ -42,8 +43,11 @@ _TITLES = {
     "process": "a process for each run",
     "loop": "one by one",
     "together": "side by side",
-    "workers": "side by side, in a process for each thread",
+    "long": "side by side, a larger grid",
+    "workers": "the larger grid in a process for each thread",
 }
+_SEEDS = (13, 21, 42, 87, 100, 1, 2, 3, 4, 5)
+"""Of the larger grid, in which the start of further processes weighs less."""
 
 
 def _grid(tiny: bool, device: str) -> dict[str, Any]:
@@ -80,17 +84,19 @@ class _Arms:
     def __init__(self, grid: dict[str, Any], scratch: Path, processes: int, threads: int) -> None:
         self.grid, self.scratch, self.processes, self.threads = grid, scratch, processes, threads
         self.number = 0
-        self.runs = {"process": processes, "loop": len(grid["seeds"]) * len(grid["lr"])}
-        self.runs["together"] = self.runs["workers"] = self.runs["loop"]
+        self.larger = {**grid, "seeds": [*_SEEDS[: 5 * len(grid["seeds"])]]}
+        few, many = (len(each["seeds"]) * len(each["lr"]) for each in (grid, self.larger))
+        self.runs = {"process": processes, "loop": few, "together": few, "long": many, "workers": many}
         self.scores: dict[str, list[float]] = {}
 
     def calls(self) -> dict[str, Callable[[], object]]:
         """Return name -> call."""
         return {
             "process": self._apart,
-            "loop": partial(self._here, "loop", side_by_side=1),
-            "together": partial(self._here, "together", side_by_side=8),
-            "workers": partial(self._here, "workers", side_by_side=4, workers=self.threads),
+            "loop": partial(self._here, "loop", self.grid, side_by_side=1),
+            "together": partial(self._here, "together", self.grid, side_by_side=8),
+            "long": partial(self._here, "long", self.larger, side_by_side=8),
+            "workers": partial(self._here, "workers", self.larger, side_by_side=4, workers=self.threads),
         }
 
     def _apart(self) -> None:
@@ -106,9 +112,9 @@ class _Arms:
             if done.returncode:
                 raise UsageError(f"a run failed: {done.stderr.strip().splitlines()[-1]}")
 
-    def _here(self, name: str, **options: int) -> None:
+    def _here(self, name: str, grid: dict[str, Any], **options: int) -> None:
         with redirect_stderr(StringIO()):
-            records = run_study(read_grid({**self.grid, **options}), self._folder())
+            records = run_study(read_grid({**grid, **options}), self._folder())
         if failed := [record["error"] for record in records if "error" in record]:
             raise UsageError(f"a run failed: {failed[0]}")
         self.scores[name] = [record["test"]["accuracy"] for record in records]
@@ -160,9 +166,9 @@ def speed_table(record: RunRecord) -> str:
     changed = " with changes" if record.environment["dirty"] else ""
     return (
         f"{markdown_table(rows)}\n\nMedians of {turns} turns of {runs['loop']} runs, a process each for "
-        f"{runs['process']} of them; ratios turn by turn. {device['name']}, {device['threads']} threads; torch "
-        f"{versions['torch']}, transformers {versions['transformers']}; commit "
-        f"{str(record.environment['commit'])[:12]}{changed}."
+        f"{runs['process']} of them, the larger grid {runs['long']}; ratios turn by turn. "
+        f"{device['name']}, {device['threads']} threads; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; commit {str(record.environment['commit'])[:12]}{changed}."
     )
 
 

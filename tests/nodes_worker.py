@@ -1,4 +1,4 @@
-"""For test_nodes.py: a callback that kills its process, and a process that fills a cache beside others.
+"""For test_nodes.py: a callback that sends its process a signal, and a process that fills a cache beside others.
 
 Usage: python -m tests.nodes_worker FOLDER, with torchrun; FOLDER/RANK then holds a line for each file that was built.
 """
@@ -22,22 +22,23 @@ __all__ = ["Die"]
 
 
 class Die(L.Callback):
-    """Kills its process as ``kill -9`` does, the first time that it is started, and leaves the time.
+    """Sends its process a signal, by default that of ``kill -9``, the first time that it is started; leaves the time.
 
     Args:
         rank: of the process that dies.
         step: after which optimizer step; 0: never.
         folder: where to write it.
+        number: of the signal.
     """
 
-    def __init__(self, rank: int, step: int, folder: str) -> None:
-        self.rank, self.step, self.folder = rank, step, Path(folder)
+    def __init__(self, rank: int, step: int, folder: str, number: int = signal.SIGKILL) -> None:
+        self.rank, self.step, self.folder, self.number = rank, step, Path(folder), number
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:
         first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if first and trainer.global_rank == self.rank and trainer.global_step == self.step:
             (self.folder / "killed").write_text(str(time.time()))
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
 
 
 def fill(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -34,8 +35,8 @@ def configs(*names: str) -> list[str]:
     return [word for name in names for word in ("--config", f"configs/{name}.yaml")]
 
 
-def fit_words(folder: Path, ranks: int, nodes: int, die: tuple[int, int]) -> list[str]:
-    """A fit of the toy run on CPUs, of which one process may die: (rank, step)."""
+def fit_words(folder: Path, ranks: int, nodes: int, die: tuple[int, int], number: int = signal.SIGKILL) -> list[str]:
+    """A fit of the toy run on CPUs, of which one process may die, or get another signal: (rank, step)."""
     words = [*configs("sparse_adapter", "overlays/toy", "overlays/multi_node", "overlays/cpu"), *FEW]
     words += ["--run_dir", str(folder), f"--trainer.devices={ranks // nodes}", f"--trainer.num_nodes={nodes}"]
     words += [
@@ -43,13 +44,14 @@ def fit_words(folder: Path, ranks: int, nodes: int, die: tuple[int, int]) -> lis
         "--trainer.callbacks+=tests.nodes_worker.Die",
         f"--trainer.callbacks.rank={die[0]}",
     ]
-    return [*words, f"--trainer.callbacks.step={die[1]}", f"--trainer.callbacks.folder={folder}"]
+    words += [f"--trainer.callbacks.step={die[1]}", f"--trainer.callbacks.folder={folder}"]
+    return [*words, f"--trainer.callbacks.number={int(number)}"]
 
 
-def on_one_node(folder: Path, *, restarts: int = 0, die: tuple[int, int] = (0, 0)) -> Any:
+def on_one_node(folder: Path, *, restarts: int = 0, die: tuple[int, int] = (0, 0), number: int = signal.SIGKILL) -> Any:
     """The toy run on two processes."""
     start = [*TORCHRUN, "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}", "-m", "peft_lightning"]
-    words = [*start, "fit", *fit_words(folder, 2, 1, die)]
+    words = [*start, "fit", *fit_words(folder, 2, 1, die, number)]
     return subprocess.run(words, capture_output=True, text=True, timeout=280, cwd=ROOT, env=ENVIRONMENT)
 
 
@@ -80,13 +82,32 @@ def test_a_process_that_dies_ends_the_job(tmp_path: Path) -> None:
     assert end_of(tmp_path / "run")["global_step"] == 4
 
 
-def test_torchrun_brings_a_job_back_that_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = on_one_node(whole)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the run on two processes leaves that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = on_one_node(folder)
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_torchrun_brings_a_job_back_that_ends_as_if_nothing_had_happened(tmp_path: Path, whole: Path) -> None:
+    killed = tmp_path / "killed"
     done = on_one_node(killed, restarts=1, die=(0, 6))
     assert done.returncode == 0 and "exitcode: -9" in done.stderr, done.stderr
     assert_same_end(killed, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_to_one_process_ends_all_with_what_is_saved(number: int, tmp_path: Path, whole: Path) -> None:
+    done = on_one_node(tmp_path / "run", die=(1, 6), number=number)
+    assert done.returncode != 0  # torchrun's own, which says those of the processes
+    assert time.time() - float((tmp_path / "run" / "killed").read_text()) < 30
+    assert f"stopped by {signal.Signals(number).name} after step 6, all to step 6 is in" in done.stderr, done.stderr
+    assert end_of(tmp_path / "run")["global_step"] == 6
+    done = on_one_node(tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert_same_end(tmp_path / "run", whole)
 
 
 def test_restarts_that_would_wait_for_ever_are_refused() -> None:

@@ -227,8 +227,13 @@ class RunCheckpoint(Checkpoint):
         os.write(2, f"\n{signal.Signals(number).name}: ends after this optimizer step and saves{again}\n".encode())
 
     def _asked_to_stop(self, trainer: L.Trainer) -> bool:
-        """True on all ranks as soon as any rank got a signal."""
-        return bool(trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False))
+        """True on all ranks as soon as any rank got a signal, which then is that of all."""
+        if trainer.world_size > 1:
+            own = torch.tensor(self._signal or 0, device=trainer.strategy.root_device)
+            if number := int(trainer.strategy.reduce(own, reduce_op="max")):
+                self._signal = number
+            return number > 0
+        return self._signal is not None
 
     def _leave(self, trainer: L.Trainer) -> None:
         number = signal.Signals(self._signal or signal.SIGTERM)

@@ -1,11 +1,16 @@
-"""Parquet files are looked through before they are read: a page of a few bytes can stand for gigabytes."""
+"""Parquet files are looked through before they are read: a page of a few bytes can stand for gigabytes.
+
+Compared with the file's size are the sums at its end, the lengths that its pages promise, and its texts written out.
+"""
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft_lightning.reading.limits import regular_size
+from peft_lightning.reading.pages import unpacked_bytes
 
 if TYPE_CHECKING:
     from pyarrow import parquet
@@ -31,10 +36,24 @@ def check_parquet(path: Path) -> None:
         groups = [about.row_group(number) for number in range(about.num_row_groups)]
         columns = [group.column(number) for group in groups for number in range(group.num_columns)]
         claimed = sum(max(column.total_uncompressed_size, 0) for column in columns)
+        claimed = max(claimed, _promised(path, columns))
         _refuse(max(claimed, 8 * sum(max(column.num_values, 0) for column in columns), about.num_rows), most)
         texts = [schema.column(n).path for n in range(len(schema)) if schema.column(n).physical_type == "BYTE_ARRAY"]
         if any("DICTIONARY" in str(column.encodings) for column in columns if column.path_in_schema in texts):
             _check_texts(path, texts, len(groups), most)
+
+
+def _promised(path: Path, columns: list[Any]) -> int:
+    """What the pages themselves say; the sums at the file's end are of whoever wrote them."""
+    total = 0
+    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        with memoryview(mapped) as view:
+            for column in columns:
+                first = column.data_page_offset
+                if column.has_dictionary_page and column.dictionary_page_offset is not None:
+                    first = min(first, column.dictionary_page_offset)
+                total += unpacked_bytes(view, first, first + column.total_compressed_size)
+    return total
 
 
 def _check_texts(path: Path, names: list[str], groups: int, most: int) -> None:
