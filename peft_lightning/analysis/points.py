@@ -11,8 +11,8 @@ from peft_lightning.errors import UsageError
 
 __all__ = ["draw_points"]
 
-# Tol's bright scheme; a second round has other marks.
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+# Tol's muted scheme, the dark ones first; a second round has other marks.
+_COLOURS = ("#332288", "#cc6677", "#117733", "#ddcc77", "#88ccee", "#882255", "#44aa99", "#999933", "#aa4499")
 _MARKS = ("o", "s", "^", "D")
 _WIDTH = 0.5  # share of a unit of the horizontal axis that the points of one place take
 

@@ -12,7 +12,7 @@ from peft_lightning.analysis.plots import Curve
 from peft_lightning.analysis.points import draw_points
 from peft_lightning.errors import UsageError
 
-BLUE, RED, GREY = (0x44, 0x77, 0xAA), (0xEE, 0x66, 0x77), (0x55, 0x55, 0x55)
+BLUE, RED, GREY = (0x33, 0x22, 0x88), (0xCC, 0x66, 0x77), (0x55, 0x55, 0x55)
 
 
 def _pixels(path: Path, colour: tuple[int, int, int]) -> list[tuple[int, int]]:
