@@ -105,7 +105,7 @@ def test_a_signal_to_one_process_ends_all_with_what_is_saved(number: int, tmp_pa
     assert time.time() - float((tmp_path / "run" / "killed").read_text()) < 30
     assert f"stopped by {signal.Signals(number).name} after step 6, all to step 6 is in" in done.stderr, done.stderr
     assert end_of(tmp_path / "run")["global_step"] == 6
-    done = on_one_node(tmp_path / "run")
+    done = on_one_node(tmp_path / "run", die=(1, 6), number=number)  # the same command, which is past that step
     assert done.returncode == 0, done.stderr
     assert_same_end(tmp_path / "run", whole)
 
