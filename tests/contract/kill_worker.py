@@ -116,7 +116,7 @@ class Watch(L.Callback):
         self.moments.tick("validating")
 
 
-def join(ranks: int, rank: int, port: int) -> dict[str, Any]:
+def join(ranks: int, rank: int, port: int, strategy: str) -> dict[str, Any]:
     """Become one of several processes, as torchrun starts them; what the trainer has to know of it."""
     torch.set_num_threads(1)
     if ranks == 1:
@@ -124,10 +124,19 @@ def join(ranks: int, rank: int, port: int) -> dict[str, Any]:
     here: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     here |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
     os.environ.update({key: str(value) for key, value in here.items()})
-    return {"strategy": "ddp", "devices": ranks}
+    return {"strategy": strategy, "devices": ranks}
 
 
-def fit(name: str, folder: Path, given: dict[str, Any], ranks: int, rank: int, port: int, kill: str | None) -> None:
+def fit(
+    name: str,
+    folder: Path,
+    given: dict[str, Any],
+    ranks: int,
+    rank: int,
+    port: int,
+    kill: str | None,
+    strategy: str = "ddp",
+) -> None:
     """The same run each time it is called; it goes on from what it finds in ``folder``.
 
     Args:
@@ -136,8 +145,9 @@ def fit(name: str, folder: Path, given: dict[str, Any], ranks: int, rank: int, p
         given: folders that both are made from: ``sources`` of adapters, ``corpus`` of texts; and a cache.
         ranks: how many processes train, of which this one is ``rank``; they meet at ``port``.
         kill: where this one ends.
+        strategy: of several processes.
     """
-    many = join(ranks, rank, port)
+    many = join(ranks, rank, port, strategy)
     os.environ["PEFT_LIGHTNING_CACHE"] = str(folder / "cache")
     moments = Moments(kill)
     moments.install()

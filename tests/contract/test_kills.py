@@ -36,7 +36,11 @@ def given() -> dict[str, Any]:
 
 
 def start(name: str, folder: Path, given: dict[str, Any], ranks: int, kill: str | None, victim: int) -> list[int]:
-    """Run to the end, or until one rank is killed, when the others are too, as torchrun does; the exit codes."""
+    """Run to the end, or until one rank is killed, when the others are too, as torchrun does; the exit codes.
+
+    The name is a method's, or METHOD/STRATEGY.
+    """
+    method, _, strategy = name.partition("/")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.contract.kill_worker"])
     with socket.socket() as free:
@@ -45,7 +49,8 @@ def start(name: str, folder: Path, given: dict[str, Any], ranks: int, kill: str 
     folder.mkdir(exist_ok=True)
     processes = [
         context.Process(
-            target=kill_worker.fit, args=(name, folder, given, ranks, rank, port, kill if rank == victim else None)
+            target=kill_worker.fit,
+            args=(method, folder, given, ranks, rank, port, kill if rank == victim else None, strategy or "ddp"),
         )
         for rank in range(ranks)
     ]
@@ -134,3 +139,14 @@ def test_killed_in_every_phase(
 ) -> None:
     """84 kills: seven phases, six methods, one process and two."""
     killed_and_gone_on(name, ranks, phase, whole, given, tmp_path / "run", record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("phase", ["backward", "optimizer", "checkpointing", "validating"])
+@pytest.mark.parametrize("name", ["FineTuneModule/fsdp2", "SCTDPretrainModule/fsdp2"])
+def test_a_killed_run_that_is_sharded(
+    name: str, phase: str, whole: Any, given: dict[str, Any], tmp_path: Path, record_property: Any
+) -> None:
+    """8 kills: what each of two ranks holds a part of."""
+    killed_and_gone_on(name, 2, phase, whole, given, tmp_path / "run", record_property)
