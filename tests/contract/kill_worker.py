@@ -116,7 +116,7 @@ class Watch(L.Callback):
         self.moments.tick("validating")
 
 
-def join(ranks: int, rank: int, port: int, strategy: str) -> dict[str, Any]:
+def join(ranks: int, rank: int, port: int, strategy: str = "ddp") -> dict[str, Any]:
     """Become one of several processes, as torchrun starts them; what the trainer has to know of it."""
     torch.set_num_threads(1)
     if ranks == 1:
