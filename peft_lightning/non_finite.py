@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import PeftLightningError
 from peft_lightning.seeding import step_seed
+from peft_lightning.sharding import through
 
 __all__ = ["REMEDY", "FiniteGuard"]
 
@@ -133,7 +134,7 @@ class FiniteGuard:
         module = self._module[0]
         torch.manual_seed(step_seed(module.seed, module.current_epoch, number, module.global_rank))
         with torch.no_grad(), module.trainer.precision_plugin.forward_context():
-            found: Tensor = module.training_step(batch, number)
+            found: Tensor = through(module.trainer.strategy, module.training_step, batch, number)
         return found
 
     # -- the bad batch -------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from peft_lightning.errors import UsageError
 
-__all__ = ["ShardedStrategy", "check_machine", "shard", "whole"]
+__all__ = ["ShardedStrategy", "check_machine", "shard", "through", "whole"]
 
 
 def whole(tensor: Tensor, *, keep: bool = True) -> Tensor:
@@ -71,6 +71,14 @@ def check_machine(module: L.LightningModule, trainer: L.Trainer) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise UsageError(f"trainer.strategy = fsdp2: {reason}; use ddp")
+
+
+def through(strategy: Any, step: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Carry a step of the strategy's module out, with the weights that it needs at hand: under any strategy."""
+    if isinstance(strategy, ShardedStrategy):
+        module: Any = strategy.lightning_module
+        return module._sharded[0](step, *args, **options)
+    return step(*args, **options)
 
 
 class _Whole(nn.Module):
@@ -122,8 +130,7 @@ class ShardedStrategy(ModelParallelStrategy):
     # -- steps ---------------------------------------------------------------------------------------------------
 
     def _through(self, name: str, *args: Any, **options: Any) -> Any:
-        module: Any = self.lightning_module
-        return module._sharded[0](getattr(module, name), *args, **options)
+        return through(self, getattr(self.lightning_module, name), *args, **options)
 
     def training_step(self, *args: Any, **options: Any) -> Any:
         """A step of the module, with the weights that it needs at hand."""

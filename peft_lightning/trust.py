@@ -15,7 +15,7 @@ from typing import Any
 
 from peft_lightning.errors import UsageError, first_line
 
-__all__ = ["PACKAGES", "find_class", "trust", "trusted"]
+__all__ = ["PACKAGES", "find_class", "named_by_user", "trust", "trusted"]
 
 PACKAGES = ("peft_lightning", "lightning", "torch", "transformers")
 """Packages whose classes may be named."""
@@ -46,6 +46,11 @@ def trust(modules: Iterable[str]) -> None:
 def trusted() -> list[str]:
     """The packages, and the modules that were named."""
     return [*PACKAGES, *_named]
+
+
+def named_by_user(module: str) -> bool:
+    """Whether the user trusts a module: it was named, or is inside of one that was."""
+    return any(module == name or module.startswith(f"{name}.") for name in _named)
 
 
 def find_class(path: str, base: type[Any], what: str) -> type[Any]:

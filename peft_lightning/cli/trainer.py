@@ -29,7 +29,7 @@ from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.callbacks.progress import ProgressLine
 from peft_lightning.callbacks.report import Report
 from peft_lightning.callbacks.throughput import Throughput
-from peft_lightning.cli.classes import restrict_classes
+from peft_lightning.cli.classes import check_built, restrict_classes
 from peft_lightning.cli.drawing import draw_decisions
 from peft_lightning.cli.launching import check_launcher
 from peft_lightning.cli.recorded import joined, option, refuse_linked, with_recorded_settings, with_texts
@@ -73,6 +73,7 @@ class TrainerCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and check what Lightning would stumble over before it does."""
         super().parse_arguments(parser, args)
+        check_built(self.config[self.config["subcommand"]])
         _check_trainer(self.config[self.config["subcommand"]])
 
     def _parse_ckpt_path(self) -> None:

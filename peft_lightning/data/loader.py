@@ -9,6 +9,7 @@ Shapes: B rows of a batch, G = batch size x ranks the rows of a global batch.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -177,6 +178,7 @@ class Loader:
                 pin_memory=pin,
                 # Without its own generator, each epoch would draw from the global one and change training.
                 generator=torch.Generator(),
+                worker_init_fn=_wait_for_the_owner,
             )
         else:
             for batch in plan:
@@ -228,6 +230,16 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         f"{name}: not the same" if isinstance(now[name], str) else f"{name} is {now[name]}, was {before[name]}"
         for name in names
     ]
+
+
+def _wait_for_the_owner(number: int) -> None:
+    """Have a signal to the whole group of processes end the one that reads, which saves first, and not its workers.
+
+    They end when it does. A second SIGTERM is from their owner, and ends them.
+    """
+    for each in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _pin(batch: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 __all__ = ["Box", "Machine"]
 
 _MOST_VALUES, _DEEPEST = 4_000_000, 100
+_LARGEST, _MOST_BITS = 1 << 62, 1024  # of an extent; of any whole number
 _STORAGE = re.compile(r"torch (\w+)Storage")
 _SIZES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1}
 _SIZES |= {"Bool": 1, "ComplexFloat": 8, "ComplexDouble": 16, "Untyped": 1}
@@ -169,7 +170,7 @@ def _check_tensor(storage: _Storage, offset: int, shape: Box, stride: Box) -> No
     extents, steps = shape.parts, stride.parts
     if len(extents) != len(steps) or len(extents) > 64 or type(offset) is not int or offset < 0:
         raise ValueError("has a tensor of damaged shape")
-    if not all(type(value) is int and value >= 0 for value in [*extents, *steps]):
+    if not all(type(value) is int and 0 <= value < _LARGEST for value in [*extents, *steps, offset]):
         raise ValueError("has a tensor of damaged shape")
     count, last = 1, offset
     for extent, step in zip(extents, steps, strict=True):
@@ -190,6 +191,8 @@ def _push(value: Any) -> Callable[[Machine, Any], None]:
 
 
 def _given(machine: Machine, argument: Any) -> None:
+    if isinstance(argument, int) and argument.bit_length() > _MOST_BITS:
+        raise ValueError(f"is a pickle with a number of {argument.bit_length():,} bits")
     machine.stack.append(argument)
 
 

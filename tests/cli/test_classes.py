@@ -29,6 +29,22 @@ def configured(content: dict[str, Any]) -> list[str]:
 
 
 RUN = {"class_path": "torch.utils.collect_env.run", "init_args": {"command": "touch ran"}}
+TORCHRUN = {
+    "class_path": "torch.distributed.run.main",
+    "init_args": {"args": ["--no-python", "--standalone", "touch", "ran"]},
+}
+
+
+def averaging(function: Any) -> dict[str, Any]:
+    """A callback with an option that takes anything that can be called."""
+    name = "lightning.pytorch.callbacks.StochasticWeightAveraging"
+    return {
+        "trainer": {
+            "callbacks": [{"class_path": name, "init_args": {"swa_lrs": 0.1, "swa_epoch_start": 1, "avg_fn": function}}]
+        }
+    }
+
+
 EVIL: dict[str, dict[str, Any]] = {
     "model": {"model": {"class_path": "os.system", "init_args": {"command": "touch ran"}}},
     "data": {"data": {"class_path": "subprocess.Popen", "init_args": {"args": "touch ran"}}},
@@ -43,6 +59,17 @@ EVIL: dict[str, dict[str, Any]] = {
     "a function": {"trainer": {"callbacks": [RUN]}},
     "a function inside a callback": {
         "trainer": {"callbacks": [{"class_path": "LambdaCallback", "init_args": {"on_fit_start": RUN}}]}
+    },
+    "a function that a callback calls": averaging("torch.distributed.run.main"),
+    "a function whose result a callback calls": averaging(TORCHRUN),
+    "a class that a callback calls": averaging({"class_path": "torch.nn.Linear", "init_args": {}}),
+    "a hook of a strategy": {
+        "trainer": {
+            "strategy": {
+                "class_path": "lightning.pytorch.strategies.DDPStrategy",
+                "init_args": {"ddp_comm_hook": TORCHRUN},
+            }
+        }
     },
     "another class": {"trainer": {"callbacks": [{"class_path": "torch.nn.Linear", "init_args": {}}]}},
     "a kind": {
@@ -78,6 +105,16 @@ def test_a_module_that_the_user_names(capsys: pytest.CaptureFixture[str]) -> Non
     assert Path("marked").exists() and Path("run/last.ckpt").exists()
     status, line = fails([*words, "--import=no_such_module"], capsys)
     assert status == 2 and "--import = 'no_such_module': cannot be imported" in line
+
+
+def test_a_function_of_a_module_that_the_user_names(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("my_average_for_a_test.py").write_text(
+        "from torch import Tensor\ndef average(old: Tensor, new: Tensor, count: Tensor) -> Tensor:\n    return new\n"
+    )
+    words = configured(averaging("my_average_for_a_test.average"))
+    assert fails(words, capsys)[0] == 2
+    main([*words, "--import", "my_average_for_a_test"])
+    assert Path("run/last.ckpt").exists()
 
 
 def test_a_grid_names_a_class(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.errors import PeftLightningError, UsageError
+from peft_lightning.methods import FineTuneModule
 from peft_lightning.module import MethodModule
 from tests.contract.kill_worker import join
 from tests.contract.test_resume import rows
@@ -30,10 +31,13 @@ BAD_ROW = 17
 
 
 class Poison(L.Callback):
-    """Makes one example's first word, or a gradient in its step, not finite; and watches the weights."""
+    """Makes one example's first word, or a gradient in its step, not finite; and watches the weights.
 
-    def __init__(self, gradient: bool = False, value: float = torch.inf) -> None:
-        self.gradient, self.value, self.bad = gradient, value, False
+    Where tensors are cut up, hooks of parameters are not called, and no rank may look at them by itself.
+    """
+
+    def __init__(self, gradient: bool = False, value: float = torch.inf, sharded: bool = False) -> None:
+        self.gradient, self.value, self.sharded, self.bad = gradient, value, sharded, False
         self.bad_steps: list[int] = []
         self.name = ""
         self.before: dict[str, Tensor] = {}
@@ -43,7 +47,12 @@ class Poison(L.Callback):
         words = next(m for n, m in pl_module.named_modules() if n.endswith("word_embeddings"))
         words.register_forward_hook(self._spoil)
         self.name, parameter = list(pl_module.trainable_parameters().items())[1]
-        parameter.register_hook(lambda g: g * self.value if self.bad and self.gradient else g)
+        if not self.sharded:
+            parameter.register_hook(lambda g: g * self.value if self.bad and self.gradient else g)
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.sharded and self.bad and self.gradient:
+            pl_module.trainable_parameters()[self.name].grad.mul_(self.value)
 
     def _spoil(self, module: Any, args: Any, output: Tensor) -> Tensor:
         unknown = (args[0] == UNKNOWN).unsqueeze(-1)
@@ -56,12 +65,14 @@ class Poison(L.Callback):
         if self.bad:
             ids[at, 1] = UNKNOWN
             self.bad_steps.append(trainer.global_step + 1)
+        if self.sharded:
+            return
         if trainer.accumulate_grad_batches == 1 or batch_idx % trainer.accumulate_grad_batches == 0:
             self.before = {n: t.detach().clone() for n, t in pl_module.owned_state().items()}
             self.before |= {f"moment {i}": t for i, t in enumerate(self._moments(trainer))}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        if self.bad_steps[-1:] == [trainer.global_step]:
+        if self.bad_steps[-1:] == [trainer.global_step] and not self.sharded:
             now = dict(pl_module.owned_state()) | {f"moment {i}": t for i, t in enumerate(self._moments(trainer))}
             self.unchanged.append(all(torch.equal(now[n], t) for n, t in self.before.items()))
 
@@ -134,20 +145,23 @@ def test_within_an_accumulation(method: type[MethodModule], precision: str, tmp_
     assert sum(bool((part == UNKNOWN).any()) for part in ids) == 1
 
 
-def on_a_rank(folder: Path, gradient: bool, ranks: int, rank: int, port: int) -> None:
+def on_a_rank(folder: Path, gradient: bool, strategy: str, ranks: int, rank: int, port: int) -> None:
     """One of the processes of the test below."""
-    many = join(ranks, rank, port)
+    many = join(ranks, rank, port, strategy)
+    method = FineTuneModule if strategy == "fsdp2" else METHODS[0]
     os.environ["PEFT_LIGHTNING_CACHE"] = str(folder / "cache")
-    poison = Poison(gradient)
+    poison = Poison(gradient, sharded=strategy == "fsdp2")
     settings = {"lr": 1e-3, "non_finite": "skip", "keep_bad_batches": True}
-    module = build(METHODS[0], optim=settings)
+    module = build(method, optim=settings)
     run = trainer(callbacks=[poison], default_root_dir=folder, max_epochs=2, accumulate_grad_batches=2, **many)
     run.fit(module, datamodule=data(batch_size=4, rows=rows()))
     torch.save((module.skipped_steps, poison.bad_steps, module.owned_state()), folder / f"{rank}.pt")
     settings["non_finite"] = "stop"
-    module = build(METHODS[0], optim=settings)
+    module = build(method, optim=settings)
     try:
-        run = trainer(callbacks=[Poison(gradient)], default_root_dir=folder, max_epochs=2, **many)
+        run = trainer(
+            callbacks=[Poison(gradient, sharded=strategy == "fsdp2")], default_root_dir=folder, max_epochs=2, **many
+        )
         run.fit(module, datamodule=data(batch_size=4, rows=rows()))
     except PeftLightningError as error:
         (folder / f"{rank}.txt").write_text(str(error))
@@ -155,14 +169,16 @@ def on_a_rank(folder: Path, gradient: bool, ranks: int, rank: int, port: int) ->
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("gradient", [False, True])
-def test_two_ranks_decide_alike(gradient: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_decide_alike(gradient: bool, strategy: str, tmp_path: Path) -> None:
     """One of them has the bad example; both skip, and both say which it was."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.contract.kill_worker"])
-    processes = [context.Process(target=on_a_rank, args=(tmp_path, gradient, 2, rank, port)) for rank in (0, 1)]
+    given = (tmp_path, gradient, strategy, 2)
+    processes = [context.Process(target=on_a_rank, args=(*given, rank, port)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:

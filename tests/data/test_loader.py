@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from typing import Any
 
 import numpy as np
@@ -271,6 +274,19 @@ def test_every_epoch_is_asked_for_when_it_begins() -> None:
     assert rows_read(loader) == rows_read(loader_of(lengths, epoch=lambda: 4))
     assert loader.state_dict() == {"epoch": 4, "position": 5, "global_batch_size": 4, "stream": {}}
     assert rows_read(loader) == rows_read(loader_of(lengths, epoch=lambda: 5))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_group_leaves_workers_alone(number: int) -> None:
+    """The process that reads has to save first."""
+    lengths, before = np.arange(200) % 9 + 1, multiprocessing.active_children()
+    reading = iter(loader_of(lengths, workers=2))
+    seen = [next(reading) for _ in range(9)]  # both have begun
+    workers = [child for child in multiprocessing.active_children() if child not in before]
+    for worker in workers:
+        os.kill(worker.pid or 0, number)
+    seen += list(reading)
+    assert len(workers) == 2 and sum(len(batch["labels"]) for batch in seen) == 200
 
 
 @pytest.mark.parametrize("workers", [0, 1])

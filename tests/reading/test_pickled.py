@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from peft_lightning.reading.opcodes import Box, _check_tensor, _Storage
 from peft_lightning.reading.pickled import check_pickled, read_pickled
 
 CONTENT: dict[str, Any] = {
@@ -112,6 +113,12 @@ def test_a_tensor_that_repeats_one_number(tmp_path: Path) -> None:
         check_pickled(path)
 
 
+def test_a_shape_whose_product_would_take_for_ever() -> None:
+    huge = 1 << 62
+    with pytest.raises(ValueError, match="a tensor of damaged shape"):
+        _check_tensor(_Storage(4), 0, Box([huge] * 64), Box([0] * 64))
+
+
 def test_an_archive_that_is_packed_or_lies_about_its_sizes(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.bin", {"a": torch.zeros(1_000_000)})
     with zipfile.ZipFile(path) as archive:
@@ -146,6 +153,7 @@ def nested(opcodes: bytes) -> bytes:
         (b"\x8b\xff\xff\xff\x7f1", "not enough data"),
         (b"ctorch._utils\n_rebuild_tensor_v2\n)R", "damaged|calls"),
         (b"h\x05", "damaged"),
+        (b"\x8b\x00\x04\x00\x00" + b"\x01" * 1024, r"a number of 8,185 bits"),
         (b"e", "without a mark"),
     ],
 )  # fmt: skip
