@@ -74,11 +74,16 @@ def _leaves_nothing_behind() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Give back the threads that a test took: with two of them small steps wait for the other test process."""
-    threads = torch.get_num_threads()
+def _as_it_was() -> Iterator[None]:
+    """Give back the threads that a test took: with two of them small steps wait for the other test process.
+
+    And the environment: Lightning leaves a process its rank there, with which a further one would wait for others.
+    """
+    threads, environment = torch.get_num_threads(), dict(os.environ)
     yield
     torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
