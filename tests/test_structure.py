@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -227,3 +228,8 @@ def test_no_method_inherits_from_a_method() -> None:
 def test_every_source_folder_is_a_package() -> None:
     folders = {path.parent for path in MODULES}
     assert not [str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").is_file()]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").rglob("*.json")), ids=lambda path: path.name)
+def test_results_name_no_place_of_a_machine(path: Path) -> None:
+    assert not re.findall(r'"/[^"]*"', path.read_text(encoding="utf-8"))
