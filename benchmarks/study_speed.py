@@ -127,8 +127,9 @@ class _Arms:
 def _measure(tiny: bool, threads: int, turns: int, device: str, environment: dict[str, Any]) -> RunRecord:
     started = time.perf_counter()
     grid = _grid(tiny, device)
+    model = {**grid["backbone"], "name": Path(grid["backbone"]["name"]).name if grid["backbone"]["name"] else None}
     with tempfile.TemporaryDirectory() as folder:
-        # the record does not say where the data lie: that is this machine's
+        # the record says neither where the data lie nor where the encoder does: that is this machine's
         placed = grid if tiny else merged_settings(grid, {"data": {"root": str(data_folder())}})
         arms = _Arms(placed, Path(folder), 1 if tiny else 2, threads)
         seconds = take_turns(arms.calls(), turns, warm=0 if tiny else 1, device=device)
@@ -137,9 +138,9 @@ def _measure(tiny: bool, threads: int, turns: int, device: str, environment: dic
     return RunRecord(
         name="study_speed",
         status="finished",
-        config={"grid": grid, "threads": threads, "turns": turns, "runs": arms.runs},
+        config={"grid": {**grid, "backbone": model}, "threads": threads, "turns": turns, "runs": arms.runs},
         data={"task": grid["tasks"][0], **grid["data"]},
-        model=grid["backbone"],
+        model=model,
         seeds={"first": grid["seeds"][0]},
         environment=environment,
         results={**{name: median(values) for name, values in series.items()}, **accuracy},
