@@ -7,7 +7,7 @@ plugged into the backbone before the first step, and trained with the task's hea
 the paper's "+Single". Deviations, each for a reason:
 
 * the default is ours, ``select``, and not one of the paper's four, of which it is better than any on every target
-  measured here (benchmarks/RESULTS.md);
+  measured here, from four tracks or its own; from a track that does not fit, ``acts`` may be (benchmarks/RESULTS.md);
 * activations come from unlabelled inputs of the target task (the paper does not say from which): the training rows, or
   what the data module's ``calibration_dataloader`` gives; read without dropout, and without a trace in any random
   state, so that all merges begin with the same head and the same batches;
