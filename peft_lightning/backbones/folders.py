@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_lightning.errors import first_line
-from peft_lightning.reading.limits import file_inside, parse_json, read_bytes, regular_size
+from peft_lightning.reading.json_text import parse_json
+from peft_lightning.reading.limits import file_inside, read_bytes, regular_size
 from peft_lightning.reading.pickled import check_pickled
 
 __all__ = ["check_folder"]
