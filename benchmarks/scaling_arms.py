@@ -6,6 +6,7 @@ again for the gradients of the weights where these train.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ ARMS = (
     *("SCTDPretrain", "SCTDPretrain-fsdp2"),
 )
 _TASK = "toy_pairs"
+_FIRST_BUCKET, _BUCKET = 1 << 20, 25 << 20  # bytes that DDP sums at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,9 @@ def load_of(arm: Arm) -> Load:
     else:  # a head of one position, whose words cost nothing
         head = 2 * (shape.width + shape.vocabulary) * shape.width
         forward = forward_flops(shape, arm.tokens, 1, sparse_last=False) - head
-    whole = hasattr(module, "sharded_blocks")
+    passes = _ALL if hasattr(module, "sharded_blocks") else _PART
     size = sum(p.numel() * p.element_size() for p in module.trainable_parameters().values())
-    return Load(flops=(_ALL if whole else _PART) * arm.rows * forward, bytes=size, passes=3 if arm.sharded else 2)
+    # DDP's first bucket is a small one, so that sending begins early; FSDP gathers each block, and the rest together
+    buckets = 1 + math.ceil(max(0, size - _FIRST_BUCKET) / _BUCKET)
+    parts = len(list(module.sharded_blocks())) + 1 if arm.sharded else buckets
+    return Load(flops=passes * arm.rows * forward, bytes=size, passes=3 if arm.sharded else 2, parts=parts)

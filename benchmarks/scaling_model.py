@@ -5,10 +5,11 @@ devices (m nodes of g), B the bytes per second of a device within its node, W th
 latency L of a message:
 
     compute   C = F / U
-    sending   A = w S ((g - 1) / g / B + (m - 1) / m / W) + 2 L log2 N
+    sending   A = w (S ((g - 1) / g / B + (m - 1) / m / W) + K L log2 N)
 
 w counts how often the bytes pass: 2 for ``ddp`` (a sum and its spread), 3 for ``fsdp2`` (weights gathered for the
-forward and for the backward pass, gradients summed to their owner). Sending overlaps with the backward pass in part: a
+forward and for the backward pass, gradients summed to their owner). They pass in K parts, each of which waits for the
+latency by itself: DDP's buckets, FSDP's blocks. Sending overlaps with the backward pass in part: a
 step takes at most C + A, and at least max(C, A). Steps per second are for batches that grow with N (weak scaling).
 """
 
@@ -43,11 +44,12 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """A step of one device: floating-point operations, bytes that are summed over all, and how often these pass."""
+    """A step of one device: operations, bytes that are summed over all, how often these pass, and in how many parts."""
 
     flops: float
     bytes: int
     passes: int = 2
+    parts: int = 1
 
 
 # An A100 has 312 TFLOP/s in bfloat16, of which models of this size reach about a third, and 300 GB/s each way in its
@@ -70,7 +72,8 @@ def sending(load: Load, machine: Machine, ranks: int) -> float:
     nodes = math.ceil(ranks / machine.devices)
     inside = (devices - 1) / devices / machine.inside
     between = (nodes - 1) / nodes / machine.between
-    return load.passes * load.bytes * (inside + between) + 2 * machine.latency * math.log2(max(1, ranks))
+    waiting = load.parts * machine.latency * math.log2(max(1, ranks))
+    return load.passes * (load.bytes * (inside + between) + waiting)
 
 
 def bounds(load: Load, machine: Machine, ranks: int) -> tuple[float, float]:

@@ -35,6 +35,7 @@ def _sizes(record: RunRecord) -> list[dict[str, str]]:
             {
                 "method": _title(name),
                 "MB summed a step": f"{load.bytes / 1e6:,.2f}",
+                "in parts": f"{load.parts}",
                 "MB sent and received by a rank of many": f"{load.passes * load.bytes / 1e6:,.2f}",
                 "TFLOP a step": f"{load.flops / 1e12:,.3f}",
             }

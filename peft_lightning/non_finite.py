@@ -89,7 +89,8 @@ class FiniteGuard:
         if module.optim.keep_bad_batches:
             said += self._keep(step, {"loss": str(loss), "tensor": tensor, "examples": json.dumps(rows)})
         if stops:
-            raise PeftLightningError(f"{said}; {REMEDY}, or optim.non_finite skip")
+            skip = "" if again else ", or go on with optim.non_finite skip (--resume changed)"
+            raise PeftLightningError(f"{said}; {REMEDY}{skip}")
         if module.trainer.is_global_zero:
             _log.warning("%s; the step is skipped", said)
         for parameter in module.trainable_parameters().values():

@@ -53,10 +53,11 @@ def ends_on_signals() -> Iterator[None]:
     """Within this, the signals end the process by an exception, which lets go of files and locks on its way."""
 
     def end(number: int) -> None:
+        signal.signal(number, signal.SIG_DFL)  # once more ends it at once
         sys.stderr.write(f"\nstopped by {signal.Signals(number).name}: nothing was trained that could be lost\n")
         raise Terminated(number)
 
-    before = take_over(SIGNALS, end)
+    before = take_over((*SIGNALS, signal.SIGINT), end)
     try:
         yield
     finally:

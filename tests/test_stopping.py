@@ -18,12 +18,12 @@ from tests.cli.test_bad_input import FIT
 from tests.contract.test_resume import assert_same_end, run
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [*SIGNALS, signal.SIGINT])
 def test_the_status_and_what_handled_it_before(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(number)
     with pytest.raises(Terminated) as caught, ends_on_signals():
         os.kill(os.getpid(), number)
-    assert caught.value.code == 128 + number == {"SIGTERM": 143, "SIGUSR1": 138}[number.name]
+    assert caught.value.code == 128 + number == {"SIGTERM": 143, "SIGUSR1": 138, "SIGINT": 130}[number.name]
     assert signal.getsignal(number) == before
     assert f"stopped by {number.name}: nothing was trained that could be lost" in capsys.readouterr().err
 

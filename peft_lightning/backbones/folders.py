@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_lightning.errors import first_line
-from peft_lightning.reading.limits import file_inside, parse_json, read_bytes, regular_size
+from peft_lightning.reading.json_text import parse_json
+from peft_lightning.reading.limits import file_inside, read_bytes, regular_size
 from peft_lightning.reading.pickled import check_pickled
 
 __all__ = ["check_folder"]
@@ -16,6 +17,11 @@ __all__ = ["check_folder"]
 _MOST_LAYERS = 4096
 _MOST = 1 << 26
 _SIZES = re.compile("size|layers|heads|dim|ffn|width|d_model")
+# With places that are learned, and so of as many weights as there are; others compute them.
+_PLACED = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet", "albert", "gpt2", "opt")
+_SHARED = ("albert",)  # all layers are one
+# Other names are those of code on the hub.
+_ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2")
 # What transformers opens, and what of it is small and decides what is built.
 _READ = (".json", ".txt", ".model", ".safetensors", ".bin", ".jinja")
 _PARSED = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -34,11 +40,14 @@ def check_folder(name: str | None) -> None:
         return
     for path in sorted(folder.iterdir()):
         try:
+            if path.name == "adapter_config.json":
+                raise ValueError("is an adapter's, and another model than the folder's would be read")
             if path.suffix in _READ:
                 regular_size(path)  # a pipe would keep whoever opens it waiting
             if path.name in _PARSED or path.name.endswith(".index.json"):
                 content = parse_json(read_bytes(path))
                 if path.name == "config.json":
+                    _check_code(content)
                     _check_numbers(content, folder)
                 elif path.name.endswith(".index.json"):
                     _check_index(folder, content)
@@ -50,10 +59,21 @@ def check_folder(name: str | None) -> None:
             raise ValueError(f"{path.name}: {first_line(error)}") from None
 
 
-def _check_numbers(content: Any, folder: Path) -> None:
-    """Layers as there may be, and no widths of more weights than the files beside have bytes."""
+def _check_code(content: Any) -> None:
+    """Nothing that has transformers fetch code, or unpack weights in a way of its own; also not further inside."""
     if not isinstance(content, dict):
         raise ValueError("holds no mapping")
+    for key, value in content.items():
+        if key.strip("_").startswith("attn_implementation") and value not in _ATTENTIONS:
+            raise ValueError(f"{key} = {str(value)[:60]}: must be null, eager, sdpa or flash_attention_2")
+        if key == "quantization_config" and value is not None:
+            raise ValueError("quantization_config: quantised weights are not read")
+        if isinstance(value, dict):
+            _check_code(value)
+
+
+def _check_numbers(content: dict[str, Any], folder: Path) -> None:
+    """Layers as there may be, and no widths of more weights than the files beside have bytes."""
     numbers = {key: value for key, value in content.items() if type(value) is int}
     for key, value in numbers.items():
         most = _MOST_LAYERS if "layers" in key else _MOST
@@ -61,11 +81,15 @@ def _check_numbers(content: Any, folder: Path) -> None:
             raise ValueError(f"{key} = {str(value)[:40]}: must be up to {most}")
     files = [path for ending in ("safetensors", "bin") for path in folder.glob(f"*.{ending}")]
     width = numbers.get("hidden_size", numbers.get("d_model", 1))
-    words = numbers.get("vocab_size", 1) * numbers.get("embedding_size", width)
+    within = numbers.get("embedding_size", width)
+    rows = numbers.get("vocab_size", 1) + numbers.get("type_vocab_size", 0)
+    if content.get("model_type") in _PLACED:
+        rows += numbers.get("max_position_embeddings", numbers.get("n_positions", 0))
     wide = width * max(numbers.get("intermediate_size", 1), numbers.get("encoder_ffn_dim", 1), width)
-    there = sum(regular_size(path) for path in files)
-    if files and words + wide > there:
-        raise ValueError(f"its sizes need {words + wide:,} weights at least; the files beside it have {there:,} bytes")
+    layers = 1 if content.get("model_type") in _SHARED else max(1, numbers.get("num_hidden_layers", 1))
+    needed, there = rows * within + layers * wide, sum(regular_size(path) for path in files)
+    if files and needed > there:
+        raise ValueError(f"its sizes need {needed:,} weights at least; the files beside it have {there:,} bytes")
 
 
 def _check_index(folder: Path, content: Any) -> None:

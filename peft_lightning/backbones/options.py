@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_lightning.reading.limits import parse_json, read_bytes
+from peft_lightning.reading.json_text import parse_json
+from peft_lightning.reading.limits import read_bytes
 
 __all__ = ["PRUNED_FILE", "check_options", "plain_options", "pruned_folder"]
 

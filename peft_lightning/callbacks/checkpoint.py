@@ -115,6 +115,8 @@ class RunCheckpoint(Checkpoint):
         restored = self._restored or {}
         metrics = restored.get("metrics", {})
         trainer._logger_connector._callback_metrics.update({name: torch.tensor(v) for name, v in metrics.items()})
+        if self._restored is not None and trainer.is_global_zero:
+            sys.stderr.write(f"goes on after step {trainer.global_step} from {trainer.ckpt_path}\n")
         self._metrics, self._restored = dict(metrics), None
         if restored.get("validation_due"):
             trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION

@@ -132,7 +132,7 @@ def refuse_linked(words: list[str]) -> None:
     for name, following in zip(words, [*words[1:], ""], strict=True):
         file = following if name == "--config" else name.removeprefix("--config=") if "--config=" in name else ""
         if file and Path(file).exists():
-            given |= _keys(read_yaml(file))
+            given |= _keys(_checked(file, read_yaml(file)))
     for name in sorted(given & FOLLOWS.keys()):
         raise UsageError(f"--{name}: follows --{FOLLOWS[name]}; give that one")
 
@@ -150,6 +150,34 @@ def with_texts(dumped: Any, given: Any) -> Any:
     if isinstance(dumped, list) and isinstance(given, list | tuple) and len(dumped) == len(given):
         return [with_texts(value, before) for value, before in zip(dumped, given, strict=True)]
     return given if isinstance(given, str) else dumped
+
+
+def _checked(file: str, content: Any) -> Any:
+    """The content of a configuration, whose sections are what they have to be.
+
+    The parser would drop all that other files say of a section that is no mapping.
+
+    Raises:
+        UsageError: names the file and the section.
+    """
+    if not isinstance(content, dict):
+        raise UsageError(f"config = {file}: must be a mapping of options; it is {_short(content)}")
+    for name in ("trainer", "model", "data"):
+        value = content.get(name, {})
+        by_name = name != "trainer" and isinstance(value, str) and not Path(value).exists()
+        if not isinstance(value, dict) and not by_name:
+            raise UsageError(
+                f"config = {file}: {name} must be a mapping of options, and left out where it has none; it is "
+                f"{_short(value)}"
+            )
+        inside = value.get("init_args", {}) if isinstance(value, dict) else {}
+        if not isinstance(inside, dict):
+            raise UsageError(f"config = {file}: {name}.init_args must be a mapping of options; it is {_short(inside)}")
+    return content
+
+
+def _short(value: Any) -> str:
+    return "empty" if value is None else repr(value)[:60]
 
 
 def _keys(content: object) -> set[str]:

@@ -29,16 +29,16 @@ FREE = (
     "data.init_args.workers",
     "model.init_args.backbone.name",
     "model.init_args.importance.file",
+    "model.init_args.optim.keep_bad_batches",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.enable_model_summary",
     "trainer.enable_progress_bar",
     "trainer.logger",
     "trainer.num_nodes",
-    "trainer.plugins",
     "trainer.profiler",
-    "trainer.strategy",
 )
+_FREE_BY_NAME = ("trainer.strategy",)  # what is set inside of it, such as a hook, may decide numbers
 
 
 def checkpoint_to_resume(folder: Path, effective: Mapping[str, Any], resume: str, *, speaks: bool) -> Path | None:
@@ -72,13 +72,17 @@ def checkpoint_to_resume(folder: Path, effective: Mapping[str, Any], resume: str
 
 def _changed(saved: Path, effective: Mapping[str, Any]) -> list[str]:
     if not saved.exists():
-        return []
+        return [f"{saved.name} is missing, so what they were is not known"]
     before, now = (_flat(config) for config in (read_yaml(saved), effective))
     return [
         f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE)
+        if before.get(key) != now.get(key) and not _free(key)
     ]
+
+
+def _free(key: str) -> bool:
+    return key in _FREE_BY_NAME or any(f"{key}.".startswith(f"{free}.") for free in FREE)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -5,11 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+import lightning as L
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
+from peft_lightning.atomic import atomic_write
 from peft_lightning.callbacks.stopping import StayStopped
 
-__all__ = ["listed", "placed"]
+__all__ = ["Kept", "listed", "placed"]
+
+
+class Kept(Callback):
+    """Writes a run's configuration once the training has begun with it.
+
+    Args:
+        path: of the file.
+        text: its content.
+    """
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path, self.text = path, text
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write it."""
+        atomic_write(self.path, lambda file: file.write(self.text.encode()))
 
 
 def listed(value: Any) -> list[Any]:

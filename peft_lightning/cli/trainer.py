@@ -34,7 +34,7 @@ from peft_lightning.cli.drawing import draw_decisions
 from peft_lightning.cli.launching import check_launcher
 from peft_lightning.cli.recorded import joined, option, refuse_linked, with_recorded_settings, with_texts
 from peft_lightning.cli.resuming import RESUME, checkpoint_to_resume
-from peft_lightning.cli.running import listed, placed
+from peft_lightning.cli.running import Kept, listed, placed
 from peft_lightning.cli.zero_shot import check_zero_shot, require_checkpoint
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
@@ -168,12 +168,20 @@ class TrainerCLI(LightningCLI):
     # -- commands ----------------------------------------------------------------------------------------------
 
     def before_fit(self) -> None:
-        """Write the effective configuration into the run's folder and into the module's manifest."""
+        """Write the effective configuration into the run's folder and into the module's manifest.
+
+        The one that is there stays until the checkpoint is taken over: what it refuses was never a run's configuration.
+        """
         effective = self._effective()
         self.model.run_config = {key: effective.get(key) for key in ("data",)}
-        if _first_rank() and not self.options.trainer.fast_dev_run:
-            text = yaml.safe_dump(effective, sort_keys=False)
-            atomic_write(Path(self.options.run_dir) / "config.yaml", lambda file: file.write(text.encode()))
+        if not _first_rank() or self.options.trainer.fast_dev_run:
+            return
+        path, text = Path(self.options.run_dir) / "config.yaml", yaml.safe_dump(effective, sort_keys=False)
+        before = path.read_bytes() if self.options.ckpt_path and path.exists() else None
+        if before is not None:
+            self.trainer.callbacks.append(Kept(path, text))  # type: ignore[attr-defined]
+        # also the same again: a folder that cannot be written is to be said before anything begins
+        atomic_write(path, lambda file: file.write(text.encode() if before is None else before))
 
     def after_fit(self) -> None:
         """Draw what the method decided, where a person would rather look than read."""

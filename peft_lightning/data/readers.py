@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_lightning.errors import DataError, first_line
-from peft_lightning.reading.limits import parse_json
+from peft_lightning.reading.json_text import parse_json
 from peft_lightning.reading.tables import check_parquet
 
 __all__ = ["READERS", "hub_splits", "read_hub"]

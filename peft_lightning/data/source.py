@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from peft_lightning.data.toy import toy_rows
 from peft_lightning.errors import DataError, UsageError, first_line
-from peft_lightning.reading.limits import parse_json, read_bytes
+from peft_lightning.reading.json_text import check_json_lines, parse_json
+from peft_lightning.reading.limits import read_bytes
 from peft_lightning.reading.tables import check_parquet
 from peft_lightning.tasks.kinds.base import build_kind
 from peft_lightning.tasks.table import Task
@@ -224,10 +225,12 @@ def _read_separated(path: Path, strings: tuple[str, ...]) -> pa.Table:
 
 
 def _read_json(path: Path, strings: tuple[str, ...]) -> _Rows:
-    content = read_bytes(path).decode("utf-8-sig")
+    raw = read_bytes(path)
+    content = raw.decode("utf-8-sig")
     if path.suffix == ".json" and content.lstrip().startswith("["):
         rows = parse_json(content, once=False)
     else:
+        check_json_lines(raw)
         rows = [parse_json(line, once=False) for line in content.split("\n") if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("not every row is an object")

@@ -19,7 +19,8 @@ from peft_lightning.atomic import atomic_write_together
 from peft_lightning.errors import CheckpointError, UsageError, first_line
 from peft_lightning.files.packed import MASK, pack, read_record, unpack
 from peft_lightning.layers.adapters import AdapterConfig
-from peft_lightning.reading.limits import parse_json, read_bytes, read_safetensors
+from peft_lightning.reading.json_text import parse_json
+from peft_lightning.reading.limits import read_bytes, read_safetensors
 from peft_lightning.reading.pickled import read_pickled
 
 __all__ = ["ForeignAdapter", "read_json", "read_masks", "read_tensors", "write_folder"]

@@ -17,7 +17,8 @@ from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import CheckpointError, UsageError
 from peft_lightning.files.strict import check_fingerprint
 from peft_lightning.layers.importance import Importance
-from peft_lightning.reading.limits import parse_json, read_bytes
+from peft_lightning.reading.json_text import parse_json
+from peft_lightning.reading.limits import read_bytes
 from peft_lightning.reading.seal import check_seal, sealed
 
 __all__ = ["importance_of", "plain_importance", "read_importance", "write_importance"]

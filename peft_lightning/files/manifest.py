@@ -19,7 +19,8 @@ from peft_lightning.atomic import atomic_write_together
 from peft_lightning.errors import CheckpointError, first_line
 from peft_lightning.files.checksum import verify
 from peft_lightning.files.packed import pack, unpack
-from peft_lightning.reading.limits import parse_json, read_bytes
+from peft_lightning.reading.json_text import parse_json
+from peft_lightning.reading.limits import read_bytes
 from peft_lightning.reading.pickled import read_pickled
 from peft_lightning.reading.seal import check_seal, sealed
 

@@ -28,7 +28,8 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from peft_lightning.reading.limits import parse_json, read_safetensors
+from peft_lightning.reading.json_text import parse_json
+from peft_lightning.reading.limits import read_safetensors
 
 __all__ = ["MASK", "pack", "read_record", "unpack"]
 

@@ -6,7 +6,6 @@ YAML. Each function here looks at the bytes first, in a time that goes with thei
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Mapping
@@ -17,13 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-__all__ = ["file_inside", "parse_json", "read_bytes", "read_safetensors", "regular_size"]
+from peft_lightning.reading.json_text import parse_json
 
-_MOST_JSON = 1 << 27
+__all__ = ["file_inside", "read_bytes", "read_safetensors", "regular_size"]
+
 _MOST_HEADER = 1 << 25
-# Bytes of Python objects, at least, for each sign of JSON: a mapping, a list, a value.
-_COSTS = {b"{": 232, b"[": 88, b",": 48, b":": 96}
-_MOST_MEMORY = 1 << 29
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16}
 _BITS |= {"I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}
 
@@ -57,40 +54,6 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
     if size > allowed:
         raise ValueError(f"has {size:,} bytes; allowed: {allowed:,}")
     return path.read_bytes()
-
-
-def parse_json(content: bytes | str, *, once: bool = True) -> Any:
-    """What a JSON text holds.
-
-    Args:
-        content: in UTF-8, if bytes.
-        once: refuse a mapping that has a key twice, of which Python's own reader takes the last.
-
-    Raises:
-        ValueError: it is no JSON, too deep, or would need too much memory.
-    """
-    raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
-    if len(raw) > _MOST_JSON:
-        raise ValueError(f"has {len(raw):,} bytes of JSON; allowed: {_MOST_JSON:,}")
-    costs = _COSTS.items() if len(raw) > 1 << 20 else ()
-    if len(raw) * 4 + sum(cost * raw.count(sign) for sign, cost in costs) > _MOST_MEMORY:
-        raise ValueError("is JSON that would need more than 512 MB as values")
-    try:
-        text = raw.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_once if once else None)
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"has the key {twice[:100]!r} twice")
-    return found
 
 
 def read_safetensors(content: bytes | Path) -> dict[str, Tensor]:

@@ -1,15 +1,19 @@
 """Headers of the pages of a Parquet column, of which only the lengths are wanted: they decide what memory is taken.
 
-They are structs in Thrift's compact protocol; field 2 is the length of the page unpacked, field 3 that in the file.
+They are structs in Thrift's compact protocol; field 2 is the length of the page unpacked, field 3 that in the file, and
+field 1 of a struct within, which differs by the kind of page, the number of its values: a few bytes may stand for many.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 __all__ = ["unpacked_bytes"]
 
 _UNPACKED, _PACKED = 2, 3
+_KINDS, _VALUES = (5, 7, 8), 1  # data, dictionary, data of version 2
+_VALUE = 8  # bytes in memory, at most times
 _WHOLE_NUMBERS = (4, 5, 6)
 _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 12
 _FIXED = {_TRUE: 0, _FALSE: 0, _BYTE: 1, _DOUBLE: 8}
@@ -29,13 +33,19 @@ def unpacked_bytes(view: memoryview, start: int, end: int) -> int:
     """
     total, reader = 0, _Reader(view, start)
     while reader.place < end:
-        lengths = reader.struct()
-        unpacked, packed = lengths.get(_UNPACKED, -1), lengths.get(_PACKED, -1)
-        if min(unpacked, packed) < 0:
-            raise ValueError("is damaged (a page without a length)")
-        total += unpacked
+        header = reader.struct()
+        unpacked, packed = (_number(header.get(field)) for field in (_UNPACKED, _PACKED))
+        inside = [part for kind in _KINDS if isinstance(part := header.get(kind), dict)]
+        values = max((_number(part.get(_VALUES, 0)) for part in inside), default=0)
+        total += max(unpacked, _VALUE * values)
         reader.skip(packed)
     return total
+
+
+def _number(found: Any) -> int:
+    if not isinstance(found, int) or found < 0:
+        raise ValueError("is damaged (a page without a length)")
+    return found
 
 
 class _Reader:
@@ -71,23 +81,25 @@ class _Reader:
         found = self.number()
         return found >> 1 ^ -(found & 1)
 
-    def struct(self, depth: int = 0) -> Mapping[int, int]:
-        """The whole numbers among a struct's own fields, by field."""
+    def struct(self, depth: int = 0) -> Mapping[int, Any]:
+        """The whole numbers and structs among a struct's fields, by field."""
         if depth > _DEEPEST:
             raise ValueError("is damaged (a page's header is nested too deeply)")
-        found: dict[int, int] = {}
+        found: dict[int, Any] = {}
         field = 0
         while head := self.byte():
             field = field + (head >> 4) if head >> 4 else self.signed()
             kind = head & 0x0F
             if kind in _WHOLE_NUMBERS:
                 found[field] = self.signed()
+            elif kind == _STRUCT:
+                found[field] = self.struct(depth + 1)
             else:
                 self.pass_over(kind, depth)
         return found
 
     def pass_over(self, kind: int, depth: int) -> None:
-        """Pass over a value that is no whole number."""
+        """Pass over a value."""
         if kind in _FIXED:
             self.skip(_FIXED[kind])
         elif kind == _BINARY:

@@ -19,7 +19,8 @@ from typing import Any
 
 from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import DataError, UsageError
-from peft_lightning.reading.limits import parse_json, read_bytes
+from peft_lightning.reading.json_text import parse_json
+from peft_lightning.reading.limits import read_bytes
 
 __all__ = ["RunRecord", "environment", "read_record", "write_record"]
 

@@ -23,7 +23,8 @@ import torch
 from peft_lightning import __version__
 from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import DataError
-from peft_lightning.reading.limits import parse_json, read_bytes
+from peft_lightning.reading.json_text import parse_json
+from peft_lightning.reading.limits import read_bytes
 from peft_lightning.reading.seal import SEAL, check_seal, sealed
 from peft_lightning.study.records import environment
 

@@ -42,17 +42,18 @@ def test_what_is_summed_and_computed() -> None:
     assert load.bytes == 4 * (embeddings + 2 * layer + head)
     products = 2 * S * (4 * D * D + 2 * D * F) + 4 * S * S * D
     assert load.flops == 3 * 2 * 2 * products and load.passes == 2
-    assert load_of(build_arm("FineTune-fsdp2", "minilm", True, 2)).passes == 3
+    sharded = load_of(build_arm("FineTune-fsdp2", "minilm", True, 2))
+    assert (sharded.passes, sharded.parts, load.parts) == (3, 3, 1)
     sparse = load_of(build_arm("SparseAdapter", "minilm", True, 2))
     assert sparse.flops == 2 * 2 * 2 * products and sparse.bytes < load.bytes
 
 
 def test_a_step_by_hand() -> None:
     machine = Machine(title="", devices=4, flops=2e12, inside=1e9, between=5e8, latency=1e-3)
-    load = Load(flops=1e12, bytes=10**8, passes=2)
+    load = Load(flops=1e12, bytes=10**8, passes=2, parts=5)
     assert sending(load, machine, 1) == 0
-    assert sending(load, machine, 4) == pytest.approx(2 * 0.1 * 0.75 + 2e-3 * 2)
+    assert sending(load, machine, 4) == pytest.approx(2 * 0.1 * 0.75 + 5 * 2e-3 * 2)
     within, between = 2 * 0.1 * 0.75, 2 * 0.2 * 0.5
-    assert sending(load, machine, 8) == pytest.approx(within + between + 2e-3 * 3)
-    assert bounds(load, machine, 8) == pytest.approx((0.5, 0.5 + within + between + 6e-3))
+    assert sending(load, machine, 8) == pytest.approx(within + between + 5 * 2e-3 * 3)
+    assert bounds(load, machine, 8) == pytest.approx((0.5, 0.5 + within + between + 30e-3))
     assert bounds(load, machine, 1) == (0.5, 0.5)

@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_gives_way_aloud(run: Path, finished: Path, capsys:
     flip(run / "last.ckpt")
     flip(run / "best.ckpt")
     main([*WORDS, "--run_dir", str(run), "--resume", "auto"])
-    said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if " is damaged " in line]
     assert len(said) == 1 and f"the run goes on from the one before, {run / 'previous.ckpt'}" in said[0]
     torch.testing.assert_close(
         torch.load(run / "last.ckpt", weights_only=True)["state_dict"], whole, rtol=0, atol=0, msg="weights"
@@ -81,22 +81,57 @@ def test_what_differs_is_named_and_taken_when_told(run: Path, capsys: pytest.Cap
     assert status == 2 and differ in line and "--resume changed to go on with these" in line
     assert steps(run / "last.ckpt") == 3
     main([*words, "--resume", "changed"])
-    said = [line for line in capsys.readouterr().err.splitlines() if "goes on with other settings" in line]
+    err = capsys.readouterr().err
+    said = [line for line in err.splitlines() if "goes on with other settings" in line]
     assert len(said) == 1 and differ in said[0]
     assert steps(run / "last.ckpt") == 5
+    assert f"goes on after step 3 from {run / 'last.ckpt'}" in err
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 5
     main([*words, "--resume", "auto"])  # these are now the run's
 
 
 def test_what_the_checkpoint_decides_cannot_be_changed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*WORDS, "--run_dir", str(run), "--resume", "changed", "--model.init_args.optim.lr", "0.25"]
-    status, line = fails(words, capsys)
+    words, before = [*WORDS, "--run_dir", str(run)], (run / "config.yaml").read_text()
+    status, line = fails([*words, "--resume", "changed", "--model.init_args.optim.lr", "0.25"], capsys)
     assert status == 2 and "optim.lr = 0.25, in the checkpoint 0.005: the checkpoint decides this" in line
+    assert (run / "config.yaml").read_text() == before
+    main([*words, "--resume", "auto"])  # as if nothing had been tried
+
+
+def test_settings_that_are_not_known_any_more(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "config.yaml").unlink()
+    words = [*WORDS, "--run_dir", str(run), "--trainer.max_steps", "4"]
+    status, line = fails([*words, "--resume", "auto"], capsys)
+    assert status == 2 and "config.yaml is missing, so what they were is not known" in line
+    main([*words, "--resume", "changed"])
+    assert steps(run / "last.ckpt") == 4 and (run / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {
+            "plugins": [
+                {"class_path": "lightning.pytorch.plugins.MixedPrecision", "init_args": {"precision": "bf16-mixed"}}
+            ]
+        },
+        {"strategy": {"class_path": "lightning.pytorch.strategies.SingleDeviceStrategy"}},
+    ],
+    ids=["precision", "strategy"],
+)
+def test_parts_that_may_decide_numbers(
+    section: dict[str, Any], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump({"trainer": section}))
+    words = [*WORDS, "--config", str(tmp_path / "part.yaml"), "--trainer.precision", "null", "--run_dir", str(run)]
+    status, line = fails([*words, "--resume", "auto"], capsys)
+    assert status == 2 and f"trainer.{next(iter(section))}" in line
 
 
 def test_what_may_differ_freely(run: Path, tmp_path: Path) -> None:
     moved = run.rename(tmp_path / "moved")
     words = ["--data.init_args.workers", "1", "--data.init_args.cache_dir", str(tmp_path / "cache")]
+    words += ["--model.init_args.optim.keep_bad_batches", "true"]
     words += ["--save_every_n_steps", "7", "--trainer.strategy", "auto", "--run_dir", str(moved)]
     main([*WORDS, *words, "--resume", "auto"])
     assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ import pytest
 
 from peft_lightning.cli.yaml_files import read_yaml
 from peft_lightning.errors import UsageError
+from tests.cli.test_bad_input import FIT, fails
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghi", "bcdefghij", strict=True)
@@ -52,3 +53,28 @@ def test_a_large_file_a_folder_and_none(tmp_path: Path) -> None:
 def test_names_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("a: &a {b: 1}\nc: [*a, *a]\n")
     assert read_yaml(tmp_path / "x.yaml") == {"a": {"b": 1}, "c": [{"b": 1}, {"b": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "must be a mapping of options; it is empty"),
+        ("- 1", "must be a mapping of options; it is [1]"),
+        ("trainer: 5", "trainer must be a mapping of options, and left out where it has none; it is 5"),
+        ("trainer: [1, 2]", "trainer must be a mapping of options, and left out where it has none; it is [1, 2]"),
+        (
+            "trainer:\n# max_epochs: 3",
+            "trainer must be a mapping of options, and left out where it has none; it is empty",
+        ),
+        ("data:", "data must be a mapping of options, and left out where it has none; it is empty"),
+        ("data: {init_args: 7}", "data.init_args must be a mapping of options; it is 7"),
+        ("model: x.yaml", "model must be a mapping of options, and left out where it has none; it is 'x.yaml'"),
+    ],
+)
+def test_sections_of_another_shape(
+    content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(content)
+    status, line = fails([*FIT, "--config", "x.yaml", "--run_dir", "run"], capsys)
+    assert status == 2 and f"config = x.yaml: {message}" in line

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from peft_lightning.reading.limits import file_inside, parse_json, read_bytes, read_safetensors, regular_size
+from peft_lightning.reading.json_text import check_json_lines, parse_json
+from peft_lightning.reading.limits import file_inside, read_bytes, read_safetensors, regular_size
 
 
 def test_only_ordinary_files_are_read(tmp_path: Path) -> None:
@@ -47,6 +48,12 @@ def test_json_that_is_read() -> None:
     content: dict[str, Any] = {"a": [1, 2.5, None, True, "ä", {"a": {}}], "b": {"a": 10**30}}
     assert parse_json(json.dumps(content)) == content == parse_json(json.dumps(content, ensure_ascii=False).encode())
     assert parse_json('{"a": 1, "a": 2}', once=False) == {"a": 2}
+
+
+def test_lines_of_json_count_together() -> None:
+    check_json_lines(b'{"text": "the dog is good", "label": 1}\n' * 400_000)
+    with pytest.raises(ValueError, match=r"is JSON that would need \d\.?[\d,]+ bytes as values; allowed"):
+        check_json_lines((b"[" + b"{}," * 300_000 + b"1]\n") * 8)
 
 
 def tensors(header: Any, payload: bytes = b"") -> bytes:
