@@ -3,14 +3,20 @@
 The exit status is 128 and the signal's number, as a shell reports it: 143 for SIGTERM, 138 for SIGUSR1, 130 for Ctrl-C.
 Outside the training loop there is no state to save, and a process ends where it is: files are written whole or not at
 all. Inside of it, callbacks/checkpoint decides.
+
+Python answers a signal in its main thread, and only between two of its own instructions. Where that thread waits in a
+library meanwhile, such as for another process that does not come, a second thread ends the process.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +24,57 @@ from typing import Any
 __all__ = ["SIGNALS", "Terminated", "ends_on_signals", "take_over"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SOON = 2.0
+
+
+class _Watch:
+    """Hears of signals as they come, and ends the process where one is not answered in time."""
+
+    def __init__(self) -> None:
+        self.patience = _SOON
+        self._answers: dict[int, float] = {}
+        self._heard, self._told = socket.socketpair()
+        self._told.setblocking(False)
+        self._before = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+        self._closed = False
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def answered(self, number: int) -> None:
+        """The main thread has got to it."""
+        self._answers[number] = time.monotonic()
+
+    def close(self) -> None:
+        """End the thread; what is not answered is forgotten."""
+        self._closed = True
+        signal.set_wakeup_fd(self._before)
+        self._told.close()
+
+    def _listen(self) -> None:
+        while numbers := self._heard.recv(64):
+            for number in {*numbers} & {*SIGNALS, signal.SIGINT}:
+                timer = threading.Timer(self.patience, self._end, (number, time.monotonic(), self.patience))
+                timer.daemon = True
+                timer.start()
+        self._heard.close()
+
+    def _end(self, number: int, heard: float, waited: float) -> None:
+        # the answer may be a little older than what this thread has heard
+        if self._closed or self._answers.get(number, -math.inf) > heard - 1:
+            return
+        why = f"not answered within {waited:g} s, in a library that waits, as for another process"
+        os.write(2, f"\nstopped by {signal.Signals(number).name}: {why}; what is saved stays\n".encode())
+        os._exit(128 + number)
+
+
+_watch: _Watch | None = None
+
+
+def _is_a_child() -> None:
+    if _watch is not None:  # its signals are not this process's
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_is_a_child)
 
 
 class Terminated(SystemExit):
@@ -28,10 +85,17 @@ class Terminated(SystemExit):
         self.number = number
 
 
-def take_over(signals: tuple[signal.Signals, ...], react: Callable[[int], object]) -> dict[signal.Signals, Any]:
+def take_over(
+    signals: tuple[signal.Signals, ...], react: Callable[[int], object], patience: float = _SOON
+) -> dict[signal.Signals, Any]:
     """Have ``react`` called with the number of each signal that comes.
 
     Processes that this one forks later, such as those that read batches, end at once instead.
+
+    Args:
+        signals: that are taken over.
+        react: called in the main thread.
+        patience: seconds after which, within :func:`ends_on_signals`, the process is ended if that is not possible.
 
     Returns:
         What handled the signals before; nothing outside the main thread, where Python refuses.
@@ -43,8 +107,12 @@ def take_over(signals: tuple[signal.Signals, ...], react: Callable[[int], object
     def handle(number: int, frame: Any) -> None:
         if os.getpid() != owner:
             os._exit(128 + number)
+        if _watch is not None:
+            _watch.answered(number)
         react(number)
 
+    if _watch is not None:
+        _watch.patience = patience
     return {number: signal.signal(number, handle) for number in signals}
 
 
@@ -57,9 +125,15 @@ def ends_on_signals() -> Iterator[None]:
         sys.stderr.write(f"\nstopped by {signal.Signals(number).name}: nothing was trained that could be lost\n")
         raise Terminated(number)
 
+    global _watch
     before = take_over((*SIGNALS, signal.SIGINT), end)
+    watch = _Watch() if before and _watch is None else None
+    _watch = _watch or watch
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if watch is not None:
+            watch.close()
+            _watch = None

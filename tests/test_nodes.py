@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,14 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch.testing import assert_close
 
 from peft_lightning.callbacks.log import MetricsCSV
-from peft_lightning.cli.launching import check_launcher, lost_peer
+from peft_lightning.cli.launching import check_launcher, check_processes, lost_peer
 from peft_lightning.data.toy import toy_rows
 from peft_lightning.errors import UsageError
+from peft_lightning.files.checksum import sum_of
 from tests.test_two_ranks import TORCHRUN, assert_as_one_process, finish
 from tests.two_ranks_worker import runs
 
@@ -98,6 +102,21 @@ def test_torchrun_brings_a_job_back_that_ends_as_if_nothing_had_happened(tmp_pat
     assert_same_end(killed, whole)
 
 
+def test_processes_that_would_go_on_from_different_checkpoints_refuse(tmp_path: Path, whole: Path) -> None:
+    shutil.copytree(whole, tmp_path / "0")
+    shutil.copytree(whole, tmp_path / "1", ignore=shutil.ignore_patterns("*.ckpt"))
+    words = fit_words(Path("RUN"), ranks=2, nodes=1, die=(0, 0))
+    command = f"exec {shlex.join([sys.executable, '-m', 'peft_lightning', 'fit', *words, '--resume=changed'])}"
+    command = command.replace("RUN", f"{tmp_path}/$RANK")
+    done = subprocess.run(
+        [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--no-python", "bash", "-c", command],
+        capture_output=True, text=True, timeout=280, cwd=ROOT, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode != 0
+    line = f"process 0 found {tmp_path}/0/last.ckpt (SHA-256 {sum_of(whole / 'last.ckpt')[:12]}), process 1 found none"
+    assert line in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_to_one_process_ends_all_with_what_is_saved(number: int, tmp_path: Path, whole: Path) -> None:
     done = on_one_node(tmp_path / "run", die=(1, 6), number=number)
@@ -117,6 +136,22 @@ def test_restarts_that_would_wait_for_ever_are_refused() -> None:
     check_launcher({})
     check_launcher({**shared, "TORCHELASTIC_MAX_RESTARTS": "0"})
     check_launcher({**shared, "TORCHELASTIC_USE_AGENT_STORE": "False"})
+
+
+def test_processes_that_nobody_would_start_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    common: dict[str, Any] = {"accelerator": "cpu", "logger": False}
+    one, local = L.Trainer(**common), L.Trainer(devices=2, strategy="ddp", **common)
+    nodes = L.Trainer(num_nodes=2, devices=1, strategy="ddp", **common)
+    with pytest.raises(UsageError, match=r"num_nodes = 2: nothing here starts the other nodes; use torchrun"):
+        check_processes(nodes, {})
+    check_processes(nodes, {"NODE_RANK": "0"})
+    with pytest.raises(UsageError, match=r"LOCAL_RANK = 1 .* the 2 processes .*no MASTER_PORT"):
+        check_processes(local, {"LOCAL_RANK": "1"})
+    check_processes(local, {"LOCAL_RANK": "1", "MASTER_PORT": "1"})
+    check_processes(local, {})
+    check_processes(one, {"LOCAL_RANK": "0"})
 
 
 def test_which_errors_mean_that_another_process_is_gone() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import peft_lightning.methods.mera as mera
 from peft_lightning.cli.main import main
 from peft_lightning.data.loader import Loader
 from peft_lightning.methods import MerAModule, PruneLoRAModule, SparseAdapterModule
-from peft_lightning.stopping import SIGNALS, Terminated, ends_on_signals
+from peft_lightning.stopping import SIGNALS, Terminated, ends_on_signals, take_over
 from tests.cli.test_bad_input import FIT
 from tests.contract.test_resume import assert_same_end, run
 
@@ -52,6 +55,59 @@ def test_elsewhere_than_in_the_main_thread_nothing_is_touched() -> None:
     thread.start()
     thread.join()
     assert found == [before]
+
+
+WAITING = """
+import os, signal, sys, threading
+from datetime import timedelta
+from torch.distributed import TCPStore
+from peft_lightning.stopping import ends_on_signals, take_over
+
+def wait():
+    store = TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    ask = lambda: os.kill(os.getpid(), int(sys.argv[1]))
+    threading.Timer(0.5, ask).start()
+    store.wait(["what nobody sets"])  # in C++, without Python's lock
+
+with ends_on_signals():
+    if sys.argv[2] == "in training":
+        take_over((signal.SIGTERM, signal.SIGINT), print, patience=4)
+    if sys.argv[2] == "a child's":
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.waitpid(child, 0)
+        signal.sigtimedwait([signal.SIGUSR2], 3)
+    else:
+        wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "where", "seconds"), [(15, "before", 2), (2, "before", 2), (10, "before", 2), (15, "in training", 4)]
+)
+def test_a_process_that_waits_in_a_library_ends(number: int, where: str, seconds: float) -> None:
+    begun = time.monotonic()
+    words = [sys.executable, "-c", WAITING, str(number), where]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + number
+    assert done.stderr.splitlines()[1:] == [
+        f"stopped by {signal.Signals(number).name}: not answered within {seconds} s, in a library that waits, as for "
+        "another process; what is saved stays"
+    ]
+    assert seconds < time.monotonic() - begun < 40
+
+
+def test_a_signal_to_a_child_is_not_this_process_s() -> None:
+    done = subprocess.run([sys.executable, "-c", WAITING, "0", "a child's"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_is_answered_has_all_the_time_that_it_takes() -> None:
+    with ends_on_signals():
+        take_over((signal.SIGTERM,), lambda number: time.sleep(1.5), patience=0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
 
 
 def asked(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:

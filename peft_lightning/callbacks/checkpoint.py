@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ __all__ = ["RunCheckpoint"]
 
 # Micro-batches of an accumulation between two looks for a signal, for which all ranks wait for each other.
 _LOOK = 8
+# Seconds that a step may take to get to a signal; clusters kill after 30.
+_PATIENCE = 25.0
+# Within so many seconds a second signal is the same one: launchers pass on what the terminal sends to all.
+_ONCE = 1.0
 
 
 class RunCheckpoint(Checkpoint):
@@ -61,6 +66,7 @@ class RunCheckpoint(Checkpoint):
         self.best_score: float | None = None
         self.best_step = -1
         self._signal: int | None = None
+        self._signalled = 0.0
         self._saved_step = -1
         self._restored: dict[str, Any] | None = None
         self._boundary: dict[str, Any] | None = None
@@ -121,7 +127,7 @@ class RunCheckpoint(Checkpoint):
         if restored.get("validation_due"):
             trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
         self._trainer, self._signal, self._boundary, self._saved_step = trainer, None, None, -1
-        take_over((*SIGNALS, signal.SIGINT), self._remember_signal)
+        take_over((*SIGNALS, signal.SIGINT), self._remember_signal, _PATIENCE)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -221,8 +227,10 @@ class RunCheckpoint(Checkpoint):
 
     def _remember_signal(self, number: int) -> None:
         if number == self._signal == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: at once
-        self._signal = number
+            if time.monotonic() - self._signalled < _ONCE:
+                return
+            raise Terminated(number)  # asked twice: at once
+        self._signal, self._signalled = number, time.monotonic()
         if self._may_leave and self._trainer is not None:
             self._leave(self._trainer)
         again = "; once more ends it at once" if number == signal.SIGINT else ""

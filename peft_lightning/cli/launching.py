@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+import lightning as L
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
 from peft_lightning.errors import UsageError
 
-__all__ = ["check_launcher", "lost_peer"]
+__all__ = ["check_launcher", "check_processes", "lost_peer"]
 
 # What gloo, NCCL and their store say when the other end of a connection is gone.
 _GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe", "recvValue")
@@ -29,6 +32,33 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
         raise UsageError(
             f"torchrun --max-restarts = {restarts}: processes that come back would look for those that are gone; set "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, with --rdzv-backend=c10d or --standalone, or leave it at 0"
+        )
+
+
+def check_processes(trainer: L.Trainer, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse a job whose processes would wait for others that nobody starts, or that they could not find.
+
+    Args:
+        trainer: not yet running.
+        environment: of this process.
+
+    Raises:
+        UsageError: says what starts the others.
+    """
+    if trainer.world_size == 1 or not isinstance(
+        getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment
+    ):
+        return
+    if trainer.num_nodes > 1 and not {"NODE_RANK", "GROUP_RANK"} & {*environment}:
+        raise UsageError(
+            f"trainer.num_nodes = {trainer.num_nodes}: nothing here starts the other nodes; use torchrun on each node, "
+            "or srun (configs/cluster has both), or set NODE_RANK, MASTER_ADDR and MASTER_PORT"
+        )
+    if "LOCAL_RANK" in environment and "MASTER_PORT" not in environment:
+        raise UsageError(
+            f"LOCAL_RANK = {environment['LOCAL_RANK']} in the environment says that another program starts the "
+            f"{trainer.world_size} processes of this job, but there is no MASTER_PORT by which they would find each "
+            "other: unset LOCAL_RANK, or use torchrun"
         )
 
 

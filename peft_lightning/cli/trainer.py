@@ -31,10 +31,11 @@ from peft_lightning.callbacks.report import Report
 from peft_lightning.callbacks.throughput import Throughput
 from peft_lightning.cli.classes import check_built, restrict_classes
 from peft_lightning.cli.drawing import draw_decisions
-from peft_lightning.cli.launching import check_launcher
+from peft_lightning.cli.launching import check_launcher, check_processes
 from peft_lightning.cli.recorded import joined, option, refuse_linked, with_recorded_settings, with_texts
 from peft_lightning.cli.resuming import RESUME, checkpoint_to_resume
-from peft_lightning.cli.running import Kept, listed, placed
+from peft_lightning.cli.running import Agreed, Kept, listed, placed
+from peft_lightning.cli.yaml_files import restrict_values
 from peft_lightning.cli.zero_shot import check_zero_shot, require_checkpoint
 from peft_lightning.errors import UsageError
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
@@ -64,6 +65,7 @@ class TrainerCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
         parser.link_arguments("model.init_args.backbone", "data.init_args.tokenizer", compute_fn=_tokenizer_of)
+        restrict_values(parser)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -147,14 +149,16 @@ class TrainerCLI(LightningCLI):
             loggers = self._loggers(folder) if self.subcommand == "fit" and not trial else False
         elif loggers and self.subcommand == "fit" and not trial:  # in the place of TensorBoard
             loggers = [MetricsCSV(folder), *listed(loggers)]
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             default_root_dir=str(folder),
             logger=loggers,
             enable_checkpointing=checkpoints,
-            callbacks=[*placed(config.get("callbacks"), folder), *callbacks],
+            callbacks=[Agreed(self.options.ckpt_path), *placed(config.get("callbacks"), folder), *callbacks],
             plugins=[*listed(config.get("plugins")), AtomicCheckpointIO()],
             **kwargs,
         )
+        check_processes(trainer)
+        return trainer
 
     def _loggers(self, folder: Path) -> list[Any]:
         purge = None

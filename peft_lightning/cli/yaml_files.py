@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import yaml
+from jsonargparse import _actions, _typehints, _util
 
 from peft_lightning.errors import UsageError, first_line
 from peft_lightning.reading.limits import read_bytes
 
-__all__ = ["check_yaml", "read_yaml"]
+__all__ = ["check_yaml", "read_yaml", "restrict_values"]
 
 _MOST_BYTES = 1 << 22
 _MOST_VALUES = 100_000
@@ -50,6 +53,32 @@ def check_yaml(path: str | Path) -> str:
     except (OSError, ValueError) as error:
         raise _refused(path, f"cannot be read ({first_line(error)})") from None
     return text
+
+
+def restrict_values(parser: jsonargparse.ArgumentParser) -> None:
+    """Have the values of options taken as they stand; by itself the parser reads a file that one names.
+
+    What ``--config`` names is looked through before; such a file would not be. A text that is YAML is, here.
+
+    Args:
+        parser: with all its options but those that take one word.
+    """
+    for action in parser._actions:
+        if isinstance(action, _typehints.ActionTypeHint):
+            action._enable_path = False
+            action.sub_add_kwargs = {**getattr(action, "sub_add_kwargs", {}), "sub_configs": False}
+    for module in (_actions, _typehints):
+        module.parse_value_or_config = _as_it_stands  # type: ignore[attr-defined]
+
+
+def _as_it_stands(value: Any, enable_path: bool = True, simple_types: bool = False) -> Any:
+    text = value.val if isinstance(value, _util.NestedArg) else value
+    if isinstance(text, str):
+        with suppress(yaml.YAMLError):  # then it is a text
+            _count(text)
+        if enable_path and text.endswith((".yaml", ".yml", ".json")):
+            raise UsageError(f"{text}: an option's value is not read from a file; write it out, or use --config")
+    return _util.parse_value_or_config(value, enable_path=False, simple_types=simple_types)
 
 
 def _refused(path: str | Path, reason: str) -> UsageError:

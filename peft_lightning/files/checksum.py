@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from peft_lightning.errors import CheckpointError
 
-__all__ = ["verify", "write_summed"]
+__all__ = ["sum_of", "verify", "write_summed"]
 
 _MARK = b"\npeft_lightning sha256 "
 _LENGTH = len(_MARK) + 64
@@ -44,6 +44,14 @@ def write_summed(file: BinaryIO, write: Callable[[Any], object]) -> None:
     summed = _Summed(file)
     write(summed)
     file.write(_MARK + summed.sum.hexdigest().encode())
+
+
+def sum_of(path: str | Path) -> str:
+    """The SHA-256 at a file's end, in hexadecimal digits, not compared with the file; empty where it has none."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - _LENGTH))
+        end = file.read()
+    return end[len(_MARK) :].decode() if end.startswith(_MARK) else ""
 
 
 def verify(path: str | Path) -> bool:

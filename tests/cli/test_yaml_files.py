@@ -78,3 +78,27 @@ def test_sections_of_another_shape(
     Path("x.yaml").write_text(content)
     status, line = fails([*FIT, "--config", "x.yaml", "--run_dir", "run"], capsys)
     assert status == 2 and f"config = x.yaml: {message}" in line
+
+
+FROM_A_FILE = {
+    "data.task": "x.yaml",
+    "model.backbone": "x.yaml",
+    "model": "Unexpected import path format",
+    "model.adapter": "x.yaml: an option's value is not read from a file; write it out, or use --config",
+    "trainer": "x.yaml: an option's value is not read from a file; write it out, or use --config",
+    "data": "Unexpected import path format",
+}
+
+
+@pytest.mark.parametrize("option", FROM_A_FILE)
+def test_a_value_is_not_read_from_a_file(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.yaml").write_text(LAUGHS)
+    words = [*FIT, "--run_dir", str(tmp_path / "run"), f"--{option}", str(tmp_path / "x.yaml")]
+    status, line = fails(words, capsys)
+    assert status == 2 and FROM_A_FILE[option] in line
+
+
+def test_a_text_that_is_yaml_is_looked_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "{" + LAUGHS.replace("\n", ", ") + "}"
+    status, line = fails([*FIT, "--run_dir", str(tmp_path / "run"), "--data.task", text], capsys)
+    assert status in (1, 2) and "would be more than 100,000 values" in line
