@@ -24,7 +24,7 @@ class CheckpointError(PeftLightningError):
     """A checkpoint or an adapter is damaged or belongs to something else; the message lists the difference."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of another package's message, or the error's name if it has none."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

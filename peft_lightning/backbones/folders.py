@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from peft_lightning.backbones.tokenizer_json import check_tokenizer
 from peft_lightning.errors import first_line
 from peft_lightning.reading.json_text import parse_json
 from peft_lightning.reading.limits import file_inside, read_bytes, regular_size
@@ -28,7 +29,7 @@ _PARSED = ("config.json", "generation_config.json", "tokenizer_config.json", "sp
 
 
 def check_folder(name: str | None) -> None:
-    """Look through the configuration, the index of the weights and pickled weights of a folder.
+    """Look through the configuration, the tokenizer, the index of the weights and pickled weights of a folder.
 
     Args:
         name: a folder; anything else is passed over.
@@ -51,6 +52,8 @@ def check_folder(name: str | None) -> None:
                     _check_numbers(content, folder)
                 elif path.name.endswith(".index.json"):
                     _check_index(folder, content)
+            elif path.name == "tokenizer.json":
+                check_tokenizer(parse_json(read_bytes(path), once=False))
             elif path.match("pytorch_model*.bin") and not list(folder.glob("*.safetensors")):
                 check_pickled(path)
         except ValueError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft_lightning.backbones.folders import check_folder
 from peft_lightning.backbones.options import pruned_folder
+from peft_lightning.backbones.tokenizer_json import is_failure
 from peft_lightning.errors import CheckpointError, UsageError, first_line
 
 __all__ = ["load_tokenizer", "needs_spaces", "same_tokens", "tokenizer_files", "tokenizer_from_files"]
@@ -33,7 +34,10 @@ def load_tokenizer(name: str) -> Any:
         # a folder's own name may hold the sign, a hub name cannot
         repository, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
         tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision or None, trust_remote_code=False)
-    except Exception as error:  # whatever a damaged file leads to, it means the same
+        tokenizer("a b", "c")  # rules that do not go together show at the first text
+    except BaseException as error:  # whatever a damaged file leads to, it means the same
+        if not is_failure(error):
+            raise
         reason = pruned_folder(name) or first_line(error)
         raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded ({reason})") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
@@ -76,12 +80,16 @@ def tokenizer_from_files(files: Mapping[str, str]) -> Any:
                 if Path(name).name != name or not _is_text(Path(name)):
                     raise ValueError(f"{name!r} is no file of a tokenizer")
                 (Path(folder) / name).write_text(text, encoding="utf-8")
+            check_folder(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer("a b", "c")
         for name in ("is_local", "local_files_only"):  # where it came from is no property of it
             tokenizer.init_kwargs.pop(name, None)
         return tokenizer
-    except Exception as error:  # whatever a damaged file leads to, it means the same
-        raise CheckpointError(f"the tokenizer in the checkpoint is damaged ({type(error).__name__})") from error
+    except BaseException as error:  # whatever a damaged file leads to, it means the same
+        if not is_failure(error):
+            raise
+        raise CheckpointError(f"the tokenizer in the checkpoint is damaged ({first_line(error)})") from error
 
 
 def _is_text(path: Path) -> bool:

@@ -56,8 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with ends_on_signals():
             _carry_out(words)
-    except Exception as error:
-        if debug:
+    except BaseException as error:
+        from peft_lightning.backbones.tokenizer_json import is_failure
+
+        if debug or not is_failure(error):
             raise
         _fail(*_explain(error))
 
@@ -98,7 +100,7 @@ def _carry_out(words: list[str]) -> None:
         run(words)
 
 
-def _explain(error: Exception) -> tuple[str, int]:
+def _explain(error: BaseException) -> tuple[str, int]:
     from peft_lightning.errors import PeftLightningError
 
     seen: BaseException | None = error

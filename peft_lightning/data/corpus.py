@@ -210,12 +210,16 @@ class MLMDataModule(SplitDataModule):
 
     def _stream(self) -> dict[str, int | bool | str]:
         """Return what decides the training batches, as messages call it."""
-        return {
+        digest = self._language()[1].digest
+        stream: dict[str, int | bool | str] = {
             "the texts to train on": self._corpus("train").digest,
-            "the tokenizer": self._language()[1].digest,
+            "the tokenizer": digest,
             "block_size": self.block_size,
             "the number of targets (mask_rate x block_size)": self.targets,
             "whole_words": self.whole_words,
             "separate_documents": self.separate_documents,
             "seed": self.seed,
         }
+        if ("validation", digest) in self._blocks:
+            stream["the texts to validate on"] = self._corpus("validation").digest
+        return stream

@@ -235,4 +235,6 @@ class TaskDataModule(SplitDataModule):
         sampler = self.sampler(data.lengths(), batch_size, shuffle=training, seed=self.seed)
         collate = self._collate(data)
         stream: dict[str, int | bool | str] = {"the rows as they are encoded": data.digest, "seed": self.seed}
+        if (held_out := self._encoded.get(("validation", self._tokenizer_choice))) is not None:
+            stream["the rows to validate on, as they are encoded"] = held_out.digest
         return Loader(collate, sampler, epoch=self.epoch(), workers=self.workers, stream=stream if training else None)

@@ -298,6 +298,17 @@ def test_loader_goes_on_within_an_epoch(folder: Path, workers: int) -> None:
     assert same(list(rest), whole[5:])
 
 
+def test_another_text_to_validate_on_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("the cat\n\n" + (folder / "train.txt").read_text())
+    fits = [module(folder, validation=str(path)) for path in (folder / "train.txt", tmp_path / "other.txt")]
+    for fit in fits:
+        on_rank(fit, epoch=1).setup("fit")
+    state = fits[0].train_dataloader().state_dict()
+    fits[0].train_dataloader().load_state_dict(state)
+    with pytest.raises(UsageError, match="^the texts to validate on: not the same; allowed to go on"):
+        fits[1].train_dataloader().load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -381,7 +381,14 @@ def test_other_data_are_refused_in_any_epoch(cache_dir: Path, changes: dict[str,
         module(TASK, **options, workers=1, eval_batch_size=1).train_dataloader().load_state_dict(state)
         del state["stream"]
         module(TASK, **{**options, **changes}).train_dataloader().load_state_dict(state)
-    # Evaluation may read whatever it likes.
+    # A fit that validates goes on with the same validation; evaluation alone may read whatever it likes.
+    fits = [module(TASK, rows={"train": rows, "validation": held_out}) for held_out in (ROWS, ROWS, ROWS[::-1])]
+    for fit in fits:
+        fit.setup("fit")
+    state = fits[0].train_dataloader().state_dict()
+    fits[1].train_dataloader().load_state_dict(state)
+    with pytest.raises(UsageError, match="^the rows to validate on, as they are encoded: not the same; allowed to go"):
+        fits[2].train_dataloader().load_state_dict(state)
     assert module(TASK, **options).val_dataloader().state_dict()["stream"] == {}
 
 

@@ -425,6 +425,7 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "files.pruned": ("pruned model", "pruned model, LoRA"),
     "files.sources": ("AdapterHub, as a source",),
     "layers.language_head": "one entry of a backbone's file that is loaded already",
+    "reading.json_text": ("our adapter", "rows.jsonl", "tokenizer"),
     "reading.limits": ("our adapter", "PEFT", "pruned model"),
     "reading.opcodes": ("checkpoint", "AdapterHub, pickled", "PEFT, pickled"),
     "reading.pickled": ("checkpoint", "AdapterHub, pickled", "PEFT, pickled"),
