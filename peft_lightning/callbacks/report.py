@@ -136,8 +136,8 @@ class Report(L.Callback):
             "run": str(self.folder),
         }
         text = json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
-        atomic_write(self.folder / name, lambda file: file.write(text.encode()))
         Console(soft_wrap=True, markup=False, highlight=False).print(_table(report, module))
+        atomic_write(self.folder / name, lambda file: file.write(text.encode()))  # may fail; the table is out
 
     def _task_part(self, trainer: L.Trainer, module: TaskModule, split: str, whole: bool) -> dict[str, Any]:
         """The split, which examples were drawn, and the trivial answer's scores if the split was read as a whole."""

@@ -134,27 +134,32 @@ def _folders(data_root: str | None) -> Iterator[_Line]:
     from peft_lightning.data.cache import cache_folder
 
     hub = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    for about, folder in (("cache", cache_folder(None)), ("hub's cache", hub), ("working folder", Path.cwd())):
-        yield (about, *_writable(folder))
+    for about, folder, how in (
+        ("cache", cache_folder(None), "$PEFT_LIGHTNING_CACHE or --data.cache_dir"),
+        ("hub's cache", hub, "$HF_HOME"),
+        ("working folder", Path.cwd(), "--run_dir"),
+    ):
+        yield (about, *_writable(folder, how))
     given = data_root or os.environ.get("PEFT_LIGHTNING_DATA")
     if given is None:
         yield "data", "none given (--data_root, $PEFT_LIGHTNING_DATA); the toy tasks and the hub need none", ""
     elif not Path(given).is_dir():
-        yield "data", given, "there is no such folder; give another one"
+        file = "is a file; give the folder that holds those of the tasks"
+        yield "data", given, file if Path(given).exists() else "there is no such folder; give another one"
     else:
         tasks = sorted(path.name for path in Path(given).iterdir() if path.is_dir())
         yield "data", f"{given}: {len(tasks)} folders", "" if tasks else "it holds no folder of a task"
 
 
-def _writable(folder: Path) -> tuple[str, str]:
+def _writable(folder: Path, how: str) -> tuple[str, str]:
     """The folder with its free space, or the nearest one above it that there is."""
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(there).free
     what = f"{folder}, {free / 2**30:.1f} GiB free"
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return what, f"{there} cannot be written to; change its rights, or name another folder"
+        return what, f"{there} cannot be written to; change its rights, or name another folder by {how}"
     if free < _LITTLE:
-        return what, f"less than {_LITTLE >> 30} GiB free; make room, or name another folder"
+        return what, f"less than {_LITTLE >> 30} GiB free; make room, or name another folder by {how}"
     return what, ""
 
 

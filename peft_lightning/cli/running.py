@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 import torch.distributed as dist
@@ -14,7 +17,68 @@ from peft_lightning.callbacks.stopping import StayStopped
 from peft_lightning.errors import UsageError
 from peft_lightning.files.checksum import sum_of
 
-__all__ = ["Agreed", "Kept", "listed", "placed"]
+__all__ = ["Agreed", "Held", "Kept", "listed", "placed"]
+
+# Seconds that a run's folder is waited for: a job that is put back into the queue may meet itself, ending.
+_PATIENCE = 60.0
+
+
+class Held(Callback):
+    """Keeps two processes from training into one folder: the second one waits a while, and is refused.
+
+    A lock of the file system's, which ends with the process however that ends. Where there are none, nothing is held.
+
+    Args:
+        folder: the run's.
+        patience: seconds to wait.
+    """
+
+    def __init__(self, folder: str | Path, patience: float = _PATIENCE) -> None:
+        self.path, self.patience = Path(folder) / ".lock", patience
+        self._file: IO[bytes] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Take the lock, in the first process.
+
+        Raises:
+            UsageError: another run has it.
+        """
+        if not trainer.is_global_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab")
+        until, said = time.monotonic() + self.patience, False
+        while self._is_taken():
+            if time.monotonic() > until:
+                self.release()
+                raise UsageError(f"--run_dir = {self.path.parent}: another process trains into it; name another folder")
+            if not said:
+                sys.stderr.write(f"peft-lightning: another process trains into {self.path.parent}: waits for its end\n")
+            said = True
+            time.sleep(min(1.0, self.patience / 4))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let go."""
+        self.release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let go."""
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the lock, if it is held."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def _is_taken(self) -> bool:
+        try:
+            fcntl.flock(self._file or -1, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # some file systems of clusters know no locks
+            return False
+        return False
 
 
 class Agreed(Callback):

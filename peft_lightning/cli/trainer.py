@@ -34,10 +34,10 @@ from peft_lightning.cli.drawing import draw_decisions
 from peft_lightning.cli.launching import check_launcher, check_processes
 from peft_lightning.cli.recorded import joined, option, refuse_linked, with_recorded_settings, with_texts
 from peft_lightning.cli.resuming import RESUME, checkpoint_to_resume
-from peft_lightning.cli.running import Agreed, Kept, listed, placed
+from peft_lightning.cli.running import Agreed, Held, Kept, listed, placed
 from peft_lightning.cli.yaml_files import restrict_values
 from peft_lightning.cli.zero_shot import check_zero_shot, require_checkpoint
-from peft_lightning.errors import UsageError
+from peft_lightning.errors import UsageError, first_line
 from peft_lightning.files.manifest import MANIFEST_KEY, read_file
 from peft_lightning.files.strict import check_settings
 from peft_lightning.module import MethodModule
@@ -111,7 +111,7 @@ class TrainerCLI(LightningCLI):
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"--run_dir = {folder}: is a file; must be a folder")
         # A run that failed before its first checkpoint leaves its configuration only: nothing to protect.
-        harmless = {"config.yaml", "tensorboard"}
+        harmless = {".lock", "config.yaml", "tensorboard"}
         names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
         taken = {name for name in names - harmless if not name.endswith(".tmp")}
         if _first_rank() and taken and not options.resume and not options.trainer.fast_dev_run:
@@ -143,20 +143,23 @@ class TrainerCLI(LightningCLI):
             callbacks.insert(0, ProgressLine())
         checkpoints = self.subcommand == "fit" and config.get("enable_checkpointing") is not False and not trial
         if checkpoints:
-            callbacks.append(RunCheckpoint(folder, self.options.save_every_n_steps))
+            callbacks += [RunCheckpoint(folder, self.options.save_every_n_steps), Held(folder)]
         loggers: Any = config.get("logger")
         if loggers in (None, True):
             loggers = self._loggers(folder) if self.subcommand == "fit" and not trial else False
         elif loggers and self.subcommand == "fit" and not trial:  # in the place of TensorBoard
             loggers = [MetricsCSV(folder), *listed(loggers)]
-        trainer = super().instantiate_trainer(
-            default_root_dir=str(folder),
-            logger=loggers,
-            enable_checkpointing=checkpoints,
-            callbacks=[Agreed(self.options.ckpt_path), *placed(config.get("callbacks"), folder), *callbacks],
-            plugins=[*listed(config.get("plugins")), AtomicCheckpointIO()],
-            **kwargs,
-        )
+        try:
+            trainer = super().instantiate_trainer(
+                default_root_dir=str(folder),
+                logger=loggers,
+                enable_checkpointing=checkpoints,
+                callbacks=[Agreed(self.options.ckpt_path), *placed(config.get("callbacks"), folder), *callbacks],
+                plugins=[*listed(config.get("plugins")), AtomicCheckpointIO()],
+                **kwargs,
+            )
+        except (TypeError, ValueError) as error:  # options that do not go together
+            raise UsageError(f"trainer: {first_line(error)}") from error
         check_processes(trainer)
         return trainer
 

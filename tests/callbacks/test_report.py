@@ -60,6 +60,18 @@ def test_a_whole_split_has_both_scores(limit: float, tmp_path: Path, capsys: pyt
     assert "majority class" in capsys.readouterr().out
 
 
+def test_what_cannot_be_written_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("peft_lightning.callbacks.report.atomic_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        fitted(tmp_path, val_check_interval=3)
+    assert "majority class" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("mode", "said"), [("per_class", "3 a class, seed 13: 6 to"), ("total", "3 in all, seed 13: 3")]
 )

@@ -51,6 +51,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 USAGE: dict[str, tuple[list[str], str]] = {
     "unknown task": (["--data.init_args.task", "mrpcc"], r"mrpcc.*mrpc"),
+    "two precisions": (
+        ["--trainer.precision", "bf16-mixed", "--trainer.plugins", "lightning.pytorch.plugins.DoublePrecision"],
+        r"trainer: Received both .precision",
+    ),
     "missing root": (["--data.init_args.task", "mrpc", "--data.init_args.root", "/no/such"], "/no/such"),
     "sparsity": (["--model.init_args.prune.sparsity", "1.0"], r"sparsity = 1\.0: must be the share removed"),
     "negative sparsity": (["--model.init_args.prune.sparsity", "-0.1"], r"sparsity = -0\.1"),

@@ -40,8 +40,13 @@ def test_what_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(1 << 20))
         status, line = fails(["doctor"], capsys)
-        assert status == 1 and "cache: less than 2 GiB free; make room" in line
+        assert (
+            status == 1
+            and "cache: less than 2 GiB free; make room, or name another folder by $PEFT_LIGHTNING_CACHE" in line
+        )
     (tmp_path / "file").touch()
+    _, line = fails(["doctor", "--data_root", str(tmp_path / "file")], capsys)
+    assert "data: is a file; give the folder that holds those of the tasks" in line
     with monkeypatch.context() as patch:
         patch.setenv("PEFT_LIGHTNING_CACHE", str(tmp_path / "file" / "cache"))
         status, line = fails(["doctor"], capsys)

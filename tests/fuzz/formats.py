@@ -396,6 +396,7 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "backbones.tokenizers": ("tokenizer", "checkpoint"),
     "callbacks.log": ("metrics.csv",),
     "cli.merge": "a user's list of texts, read as bytes of a bounded number",
+    "cli.running": "an empty file, to lock it",
     "cli.resuming": ("run's configuration",),
     "files.checksum": ("checkpoint",),
     "cli.recorded": ("run's configuration",),
