@@ -68,6 +68,7 @@ def _record(tiny: bool, environment: dict[str, Any]) -> RunRecord:
             "turns": turns,
             "bytes": found["bytes"],
             "counted": found["counted"],
+            "parts": found["parts"],
         },
         data={"steps": "random tokens"},
         model={"paper": "tiny" if tiny else paper_shape, "measured": "tiny" if tiny else shape},

@@ -62,7 +62,9 @@ def _measured(record: RunRecord) -> list[dict[str, str]]:
         ways = {way: record.series[f"{name}/{way}"] for way in ("alone", "beside", "together", "sending")}
         middle = {way: 1000 * median(seconds) for way, seconds in ways.items()}
         passes = _load(record, name).passes / 2
-        paper = [beside + passes * sent for beside, sent in zip(ways["beside"], ways["sending"], strict=True)]
+        waiting = (record.config["parts"][name] - 1) * record.results["latency"]  # the first message's is in the sum
+        times = zip(ways["beside"], ways["sending"], strict=True)
+        paper = [beside + passes * (sent + waiting) for beside, sent in times]
         counted = record.config["counted"].get(name)
         rows.append(
             {
@@ -100,7 +102,8 @@ def _context(record: RunRecord) -> str:
         f"Measured: a {config['shape']}, {config['rows']} rows of each process, one thread each, over gloo; "
         f"medians of {config['turns']} turns, ratios turn by turn. Efficiency: a step alone over a step with the other "
         "process; of sending alone: two steps at once that send nothing over two that do. On paper the measured step "
-        "is the one beside another and the time that its bytes take to be summed. "
+        "is the one beside another, the time that its bytes take to be summed, and "
+        f"{1000 * record.results['latency']:.2f} ms for each part after the first. "
         f"{environment['device']['name']}; torch {environment['versions']['torch']}; "
         f"commit {str(environment['commit'])[:12]}{changes}."
     )

@@ -86,7 +86,7 @@ def _ways(name: str, shape: str, tiny: bool, rows: int, sent: list[int]) -> dict
 
 def measure(shape: str, tiny: bool, turns: int, rows: int) -> dict[str, Any]:
     """Seconds of every way of every arm, one entry a turn; bytes on paper, and those that DDP has summed."""
-    found: dict[str, Any] = {"series": {}, "bytes": {}, "counted": {}}
+    found: dict[str, Any] = {"series": {}, "bytes": {}, "counted": {}, "parts": {}}
     for name in ARMS:
         sent: list[int] = []
         ways = _ways(name, shape, tiny, rows, sent)
@@ -102,7 +102,8 @@ def measure(shape: str, tiny: bool, turns: int, rows: int) -> dict[str, Any]:
         found["series"] |= {f"{name}/{way}": seconds for way, seconds in series.items()}
         if sent:
             found["counted"][name] = sum(sent) // (_WARM + turns)
-        found["bytes"][name] = load_of(build_arm(name, shape, tiny, rows)).bytes
+        load = load_of(build_arm(name, shape, tiny, rows))
+        found["bytes"][name], found["parts"][name] = load.bytes, load.parts
     latency = torch.zeros(1)
     found["series"]["latency"] = [_seconds(lambda: dist.all_reduce(latency)) for _ in range(10 * turns)]
     found["results"] = {name: median(seconds) for name, seconds in found["series"].items()}

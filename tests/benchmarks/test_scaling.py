@@ -19,12 +19,17 @@ from peft_lightning.study.records import read_record
 def test_tiny(tmp_path: Path, cache_dir: Path) -> None:
     scaling.main(["--tiny", "--out", str(tmp_path)])
     record = read_record(tmp_path / "scaling.json")
-    text = scaling_table(record)
+    text, latency = scaling_table(record), median(record.series["latency"])
     for name in ARMS:
         ways = {way: record.series[f"{name}/{way}"] for way in ("alone", "beside", "together", "sending")}
         assert {len(seconds) for seconds in ways.values()} == {2}
         efficiency = median(a / b for a, b in zip(ways["alone"], ways["together"], strict=True))
         assert f"| {efficiency:.3f} |" in text
+        paper = [
+            beside + record.config["loads"][name]["passes"] / 2 * (sent + (record.config["parts"][name] - 1) * latency)
+            for beside, sent in zip(ways["beside"], ways["sending"], strict=True)
+        ]
+        assert f"| {median(a / b for a, b in zip(ways['together'], paper, strict=True)):.3f} |" in text
         if "fsdp2" not in name:  # DDP has summed the bytes that stand on paper
             assert record.config["counted"][name] == record.config["bytes"][name] > 0
     assert all(machine.title in text for machine in MACHINES.values())
