@@ -117,12 +117,16 @@ def take_over(
 
 
 @contextmanager
-def ends_on_signals() -> Iterator[None]:
-    """Within this, the signals end the process by an exception, which lets go of files and locks on its way."""
+def ends_on_signals(left: str = "nothing was trained that could be lost") -> Iterator[None]:
+    """Within this, the signals end the process by an exception, which lets go of files and locks on its way.
+
+    Args:
+        left: what is said then of what has been done.
+    """
 
     def end(number: int) -> None:
         signal.signal(number, signal.SIG_DFL)  # once more ends it at once
-        sys.stderr.write(f"\nstopped by {signal.Signals(number).name}: nothing was trained that could be lost\n")
+        sys.stderr.write(f"\nstopped by {signal.Signals(number).name}: {left}\n")
         raise Terminated(number)
 
     global _watch

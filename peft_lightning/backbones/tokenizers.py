@@ -40,6 +40,8 @@ def load_tokenizer(name: str) -> Any:
             raise
         reason = pruned_folder(name) or first_line(error)
         raise UsageError(f"backbone {name!r}: its tokenizer cannot be loaded ({reason})") from error
+    if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens}:  # transformers makes one up for want of files
+        raise UsageError(f"backbone.tokenizer = {name!r}: there are no files of a tokenizer; name one that has some")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token  # as usual for decoders; the attention mask tells them apart
     if tokenizer.pad_token_id is None:

@@ -29,6 +29,11 @@ COMMANDS = {
     "doctor": "say what this machine can do, and what would not work and why",
 }
 _TOOLS = ("export", "import")
+_LEFT = {
+    "study": ("finished cells are kept, and the same command goes on",),
+    "test": ("the checkpoint is as it was",),
+    "merge": ("nothing is written",),
+}
 _TRAINER = ("fit", "validate", "test", "predict")
 
 
@@ -54,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     if words[0] in _TRAINER or (words[0] != "doctor" and not {"-h", "--help"} & set(words)):
         _quieten()
     try:
-        with ends_on_signals():
+        with ends_on_signals(*_LEFT.get(words[0], ())):
             _carry_out(words)
     except BaseException as error:
         from peft_lightning.backbones.tokenizer_json import is_failure

@@ -84,6 +84,7 @@ def _parser() -> ToolParser:
     what.add_argument(
         "--adapters",
         nargs="+",
+        action="extend",
         required=True,
         metavar="FOLDER",
         help="of AdapterHub's library or PEFT (LoRA), or our own: exported adapters, runs, checkpoints",
@@ -93,14 +94,21 @@ def _parser() -> ToolParser:
     what.add_argument("--allow_bin", action="store_true", help="read pickled tensors (.bin), and nothing but tensors")
     how = parser.add_argument_group("how")
     how.add_argument("--preset", default="select", help="one of the presets below (default: %(default)s)")
-    how.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each adapter, of either sign")
+    how.add_argument(
+        "--weights", nargs="+", action="extend", type=float, metavar="W", help="one for each adapter, of either sign"
+    )
     how.add_argument(
         "--scale",
         help="what the output stands for: mean, sum, or a factor of the mean; "
         "if left out the preset's own, of LoRA the sum where weights are given, else the mean",
     )
     how.add_argument(
-        "--set", nargs="+", default=[], metavar="STAGE=VALUE", help="stages unlike the preset's, see below"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="STAGE=VALUE",
+        help="stages unlike the preset's, see below",
     )
     how.add_argument("--rank", type=int, help="LoRA: rank of the result (svd, ties, dare)")
     data = parser.add_argument_group("unlabelled inputs, for activations and for output errors in the report")

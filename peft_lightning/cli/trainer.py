@@ -285,7 +285,10 @@ def _tokenizer_of(backbone: Any) -> str | None:
 
 
 def _task_name(task: Any) -> str:
-    return task if isinstance(task, str) else str(task.get("name")) if task is not None else "corpus"
+    """The name of a row of the task table, or of a row that is written out."""
+    if task is None or isinstance(task, str):
+        return task or "corpus"
+    return str((task.get("init_args") or task).get("name"))
 
 
 def _first_rank() -> bool:

@@ -89,8 +89,10 @@ def _count(text: str) -> None:
     """Follow the file's events, which are as many as its words, and count the values that they stand for."""
     sizes: dict[str, int] = {}
     open_: list[tuple[str | None, int]] = []  # name of each collection around, and the count before it
+    keys = _Keys()
     total = 0
     for event in yaml.parse(text, Loader=_Loader):
+        keys.see(event)
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
                 raise ValueError("a collection holds itself")
@@ -112,3 +114,32 @@ def _count(text: str) -> None:
                 sizes[name] = total - before
         if total > _MOST_VALUES or len(open_) > _DEEPEST:
             raise ValueError(f"would be more than {_MOST_VALUES:,} values, or more than {_DEEPEST} deep")
+
+
+class _Keys:
+    """Finds keys that a mapping has twice, of which the reader would take the last without a word."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[set[str], bool] | None] = []  # keys of each mapping around, and whether one comes next
+
+    def see(self, event: yaml.Event) -> None:
+        """Take the next event of the file.
+
+        Raises:
+            ValueError: a mapping's key is one that it has; says which, and where.
+        """
+        if isinstance(event, yaml.CollectionEndEvent):
+            self._open.pop()
+            return
+        if not isinstance(event, yaml.NodeEvent):
+            return
+        if self._open and (inner := self._open[-1]):
+            known, next_ = inner
+            if next_ and isinstance(event, yaml.ScalarEvent):
+                if event.value in known:
+                    line = event.start_mark.line + 1
+                    raise ValueError(f"the key {event.value[:60]!r} comes twice in a mapping, again in line {line}")
+                known.add(event.value)
+            self._open[-1] = known, not next_
+        if isinstance(event, yaml.CollectionStartEvent):
+            self._open.append((set(), True) if isinstance(event, yaml.MappingStartEvent) else None)

@@ -67,6 +67,11 @@ class FewShotDataModule(TaskDataModule):
         **options: Any,
     ) -> None:
         super().__init__(task, **options)
+        if self.task.splits["test"] == self.task.splits["train"]:
+            raise UsageError(
+                f"splits: test and train both read {self.task.splits['train']!r}, so that shots would be tested on; "
+                "give test another one"
+            )
         self.shots = within("shots", shots, 1)
         if shots_mode not in _MODES:
             raise UsageError(f"shots_mode is {shots_mode!r}; allowed: {', '.join(_MODES)}")

@@ -91,7 +91,9 @@ def read_tensors(folder: Path, safe: str, pickled: str, allow_bin: bool) -> dict
     if not path.exists() and (folder / pickled).exists():
         path = folder / pickled
         if not allow_bin:
-            raise UsageError(f"{path}: is a pickle; give allow_bin (--allow_bin) to read it, or convert it first")
+            raise UsageError(
+                f"{path}: is a pickle, which import and merge read with --allow_bin, and write as safetensors"
+            )
     try:
         if path.name == safe:
             content: Any = read_safetensors(path)

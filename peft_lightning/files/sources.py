@@ -27,6 +27,7 @@ __all__ = ["check_source", "foreign_reader", "knows_weights", "read_source", "so
 
 _METHODS = ("SparseAdapterModule", "MerAModule")
 _TENSORS = ("adapter.safetensors", "pytorch_adapter.bin", "adapter_model.safetensors", "adapter_model.bin")
+_RECIPE = "merge.json"
 _CHECKPOINTS = ("best.ckpt", "last.ckpt")
 _HEAD = {f"{part}.{kind}" for part in ("dense", "out") for kind in ("weight", "bias")}
 _FACTS = ("model_type", "hidden_size", "num_hidden_layers")
@@ -152,7 +153,11 @@ def _foreign(folder: Path, allow_bin: bool, with_head: bool, backbone: nn.Module
     own = config.get("config")
     seed = own.get("init_weights_seed") if isinstance(own, dict) else None
     held = [folder / name for name in _TENSORS if (folder / name).exists()][:1]
+    # what `merge` has left beside an adapter says which backbone it was made for
+    recipe = read_json(folder / _RECIPE) if (folder / _RECIPE).exists() else {}
+    made_for = recipe.get("backbone")
     origin = {
+        **({"backbone": {k: v for k, v in made_for.items() if k != "name"}} if isinstance(made_for, dict) else {}),
         "format": "peft" if reader is read_peft else "adapterhub",
         "files": _digests(held),
         "has_head": (folder / "head_config.json").exists() or bool(config.get("modules_to_save")),

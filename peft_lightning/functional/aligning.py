@@ -159,8 +159,9 @@ def _match(
     if recipe.solver == "assignment":
         plan, pairs_S, pairs_T = _assign(cost_ST)
         cost = float(cost_ST[pairs_S, pairs_T].mean())
-        norms_P = (energy_S[pairs_S] * energy_T[pairs_T]).sqrt().clamp_(min=_TINY)
-        return plan, cost, float((cross_ST[pairs_S, pairs_T] / norms_P).mean())
+        norms_P = (energy_S[pairs_S] * energy_T[pairs_T]).sqrt()
+        some_P = norms_P > 0  # neurons of zeros, as masks leave them, have no direction
+        return plan, cost, float((cross_ST[pairs_S, pairs_T][some_P] / norms_P[some_P]).mean()) if some_P.any() else 0.0
     important = recipe.marginals == "importance"
     plan = solve_plan(
         cost_ST,

@@ -31,9 +31,11 @@ from torch import Tensor
 from peft_lightning.errors import UsageError
 from peft_lightning.functional.neurons import Bottleneck
 from peft_lightning.functional.recipes import Recipe
-from peft_lightning.functional.sparsify import top_masks
+from peft_lightning.functional.sparsify import DegenerateScoreError, top_masks
 
 __all__ = ["combine", "mean_factor", "output_weights", "prune", "ties"]
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def output_weights(weights: Sequence[float], scale: str | float) -> list[float]:
@@ -44,17 +46,19 @@ def output_weights(weights: Sequence[float], scale: str | float) -> list[float]:
         scale: sum (as they are), mean (divided by the sum of their sizes, so that signs stay), or a factor of the mean.
 
     Raises:
-        UsageError: if a weight is not finite, or all are zero.
+        UsageError: if a weight is not finite in float32, all are zero, or the scale makes such factors of them.
 
     >>> output_weights([1.0, -3.0], "mean")
     [0.25, -0.75]
     """
     weights = [float(weight) for weight in weights]
-    if not any(weights) or not all(abs(weight) < float("inf") for weight in weights):
-        raise UsageError(f"merge.weights = {list(weights)}: must be finite, and not all zero")
+    if not any(weights) or not all(abs(weight) <= _LARGEST for weight in weights):
+        raise UsageError(f"merge.weights = {list(weights)}: must be finite in float32, and not all zero")
     if scale == "sum":
         return weights
     size, factor = sum(abs(weight) for weight in weights), 1.0 if isinstance(scale, str) else scale
+    if not 0 < abs(factor) <= _LARGEST:
+        raise UsageError(f"merge.scale = {scale}: must be sum, mean, or a factor of the mean: finite and not zero")
     return [factor * weight / size for weight in weights]
 
 
@@ -169,7 +173,7 @@ def prune(merged: Bottleneck, aligned: Sequence[Bottleneck], kept: int | None) -
         ranked = {"down": size["down"].where(down_mask_TD, -1.0), "up": size["up"].where(up_mask_DT, -1.0)}
         try:
             masks = top_masks(ranked, kept)
-        except UsageError as error:
+        except DegenerateScoreError as error:
             raise UsageError(f"merge.budget = {kept}: leaves a matrix of the merged adapter without entries") from error
         down_mask_TD, up_mask_DT = masks["down"], masks["up"]
     if down_mask_TD.all() and up_mask_DT.all():

@@ -182,6 +182,8 @@ def _moments(moments: Moments, sizes: Sequence[int], factors: Sequence[Tensor] =
         factor_M = torch.cat([factor.cpu().double() for factor in factors])
         factor_M = torch.cat([factor_M.new_ones(len(mean_M) - len(factor_M)), factor_M])
         second_MM, mean_M = second_MM * factor_M[:, None] * factor_M, mean_M * factor_M
+    if not bool(torch.isfinite(second_MM).all() and torch.isfinite(mean_M).all()):
+        raise UsageError("products of activations are not finite: an adapter is too large, or holds inf or NaN")
     return second_MM, mean_M
 
 

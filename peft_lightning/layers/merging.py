@@ -76,6 +76,8 @@ def merged_config(sources: Sequence[MergeSource], config: MergeConfig) -> Adapte
         options = config.update_options()
         output_weights(weights, options["scale"])
         width = sum(sizes) if options["method"] == "cat" else options["rank"] or max(sizes)
+        if options["rank"] is not None and width > (most := _most_ranks(sources)):
+            raise UsageError(f"merge.rank = {width}: must be at most {most}, the rank of the largest matrix")
     else:
         recipe = _recipe(sources, config)
         output_weights(weights, recipe.scale)
@@ -201,14 +203,18 @@ def _named(merges: Mapping[str, Merge], name: str) -> tuple[dict[str, Tensor], d
         own, kept = bottleneck_tensors(site, name, found.bottleneck)
         tensors |= own
         masks |= kept
-    # a sum is finite only where all is, and takes no tensor of its own
-    doubtful = [tensor for tensor in tensors.values() if not math.isfinite(float(tensor.sum()))]
-    if any(not bool(torch.isfinite(tensor).all()) for tensor in doubtful):
-        raise UsageError("the merged adapter holds inf or NaN: so do the adapters, or their weights are too large")
+    _check_finite(tensors)
     if masks:
         matrices = [key for key, tensor in tensors.items() if tensor.ndim == 2]
         masks = {key: masks.get(key, torch.ones_like(tensors[key], dtype=torch.bool)) for key in matrices}
     return tensors, masks
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    # a sum is finite only where all is, and takes no tensor of its own
+    doubtful = [tensor for tensor in tensors.values() if not math.isfinite(float(tensor.sum()))]
+    if any(not bool(torch.isfinite(tensor).all()) for tensor in doubtful):
+        raise UsageError("the merged adapter holds inf or NaN: so do the adapters, or their weights are too large")
 
 
 def _merge_lora(sources: Sequence[MergeSource], config: MergeConfig, adapter: AdapterConfig) -> Merged:
@@ -229,8 +235,13 @@ def _merge_lora(sources: Sequence[MergeSource], config: MergeConfig, adapter: Ad
         base = f"{site}.loras.{adapter.name}"
         tensors[f"{base}.lora_A"] = nn.functional.pad(merged.a_RD, (0, 0, 0, more)).contiguous()
         tensors[f"{base}.lora_B"] = nn.functional.pad(merged.b_OR, (0, more)).contiguous()
+    _check_finite(tensors)
     masks = _side_by_side_masks(sources, adapter.name) if options["method"] == "cat" else {}
     return Merged(adapter=adapter, tensors=tensors, masks=masks, report={**report, "sites": figures})
+
+
+def _most_ranks(sources: Sequence[MergeSource]) -> int:
+    return max(min(update.a_RD.shape[1], update.b_OR.shape[0]) for update in updates_of(sources[0]).values())
 
 
 def _side_by_side_masks(sources: Sequence[MergeSource], name: str) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def _promised(path: Path, columns: list[Any]) -> int:
     total = 0
     with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         with memoryview(mapped) as view:
-            for column in columns:
+            for column in (column for column in columns if column.num_values):  # without values it has no pages
                 first = column.data_page_offset
                 if column.has_dictionary_page and column.dictionary_page_offset is not None:
                     first = min(first, column.dictionary_page_offset)

@@ -98,6 +98,14 @@ def test_a_folder_and_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[
             tokenizer_from_files(broken(**rules))
 
 
+def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
+    """transformers makes one up that knows no word."""
+    config = {"model_type": "bert", "vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="there are no files of a tokenizer; name one that has some"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_a_panic_later_on_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

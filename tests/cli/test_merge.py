@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from peft_lightning import merge_adapters
 from peft_lightning.cli.main import main
+from peft_lightning.cli.merge import _parser
 from peft_lightning.functional.recipes import Recipe
 from tests.cli.test_tools import refused
 from tests.sources import backbone_folder, module, written
@@ -94,6 +96,26 @@ def test_with_a_task(words: list[str], tmp_path: Path, capsys: pytest.CaptureFix
     assert "shared streams" in capsys.readouterr().out
 
 
+def test_options_with_several_values_may_be_given_again() -> None:
+    given = _parser().parse_args("--backbone b --output o --adapters A B --adapters C --set x=1 --set y=2".split())
+    assert (given.adapters, given.set, given.weights) == (["A", "B", "C"], ["x=1", "y=2"], None)
+
+
+def test_an_adapter_that_was_merged_knows_its_backbone_s_weights(
+    words: list[str], backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*words, "--preset", "wts", "--output", str(tmp_path / "out")])
+    model = AutoModel.from_pretrained(backbone)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    model.save_pretrained(tmp_path / "other")
+    capsys.readouterr()
+    again = ["merge", "--adapters", str(tmp_path / "out"), "--preset", "sum", "--output", str(tmp_path / "two")]
+    said = refused(*again, "--backbone", str(tmp_path / "other"), status=1, capsys=capsys)
+    assert "a backbone of the same shape with other weights" in said
+    main([*again, "--backbone", backbone])
+
+
 def test_without_data(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([*words, "--preset", "wts", "--scale", "0.5", "--output", str(tmp_path / "out")])
     printed = capsys.readouterr().out
@@ -131,6 +153,8 @@ REFUSED: dict[str, tuple[list[str], int, str]] = {
     "preset": (["--preset", "best"], 2, "merge.preset = 'best': must be one of sum, avg, wts, acts, acts+, select"),
     "stage": (["--preset", "wts", "--set", "solver"], 2, "set = 'solver': must be a stage and its value"),
     "twice": (["--set", "ridge=1", "ridge=2"], 2, "set = 'ridge=2': must be a stage and its value, each stage once"),
+    "twice, apart": (["--set", "ridge=1", "--set", "ridge=2"], 2, "must be a stage and its value, each stage once"),
+    "scale 0": (["--preset", "avg", "--scale", "0"], 2, "merge.scale = 0: must be sum, mean, or a factor"),
     "unknown stage": (["--set", "best=1"], 2, "merge.recipe.best: preset select has balance"),
     "quoted": (["--preset", "wts", "--set", 'reference="0"'], 2, "merge.recipe.reference = '0': must be first, medoid"),
     "value": (["--set", "ridge=high"], 2, "merge.ridge = 'high': must be of type float, and finite"),

@@ -25,6 +25,7 @@ BAD = {
     "a date": ("a: 2001-99-99", "is no YAML"),
     "braces": ("a: {b", "is no YAML"),
     "an unknown name": ("a: *b", "is no YAML|collection"),
+    "a key twice": ("a: 1\nb: {c: [1], d: {c: 2}, c: 3}\n", "the key 'c' comes twice in a mapping, again in line 2"),
     "a key that is a list": ("{[1]: 2}", "is no YAML"),
 }
 

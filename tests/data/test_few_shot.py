@@ -306,6 +306,7 @@ def test_questions_stay_whole_in_a_part_of_the_evaluation_split() -> None:
         ({"calibration": "all"}, "calibration is 'all'; allowed: shots, pool"),
         ({"calibration_rows": 0}, "calibration_rows is 0; allowed: at least 1"),
         ({"batch_size": 0}, "batch_size is 0; allowed: at least 1"),
+        ({"splits": {"test": "train"}}, "splits: test and train both read 'train', so that shots would be tested on"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:

@@ -291,7 +291,7 @@ def test_pickles_only_on_request_and_only_tensors(folder: Path) -> None:
     path = folder / "pytorch_adapter.bin"
     torch.save(load_file(folder / "adapter.safetensors"), path)
     (folder / "adapter.safetensors").unlink()
-    with pytest.raises(UsageError, match="is a pickle; give allow_bin"):
+    with pytest.raises(UsageError, match="is a pickle, which import and merge read with --allow_bin"):
         read_adapterhub(folder)
     assert_same(read_adapterhub(folder, allow_bin=True).tensors, tensors())
 

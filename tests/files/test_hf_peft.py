@@ -262,7 +262,9 @@ def test_tensors_of_something_else(folder: Path) -> None:
 def test_pickles_only_on_request(folder: Path) -> None:
     torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(UsageError, match="adapter_model.bin: is a pickle; give allow_bin"):
+    with pytest.raises(
+        UsageError, match="adapter_model.bin: is a pickle, which import and merge read with --allow_bin"
+    ):
         read_peft(folder)
     assert_same(read_peft(folder, allow_bin=True).tensors, tensors())
 

@@ -203,7 +203,7 @@ def test_pickles_and_damage(backbone: str, tmp_path: Path) -> None:
     (tmp_path / "pickled/adapter.safetensors").unlink()
     given = read_source(path)
     torch.save(given.tensors, tmp_path / "pickled/pytorch_adapter.bin")
-    with pytest.raises(UsageError, match=r"is a pickle; give allow_bin"):
+    with pytest.raises(UsageError, match=r"is a pickle, which import and merge read with --allow_bin"):
         read_source(tmp_path / "pickled")
     again = read_source(tmp_path / "pickled", allow_bin=True)
     assert again.tensors.keys() == given.tensors.keys() and list(again.origin["files"]) == ["pytorch_adapter.bin"]

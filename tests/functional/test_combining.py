@@ -44,16 +44,16 @@ def _alike(seed: int, base: int = 0) -> Bottleneck:
 # -- weights -----------------------------------------------------------------------------------------------------
 
 
-@given(weights=st.lists(st.floats(0.1, 9), min_size=1, max_size=5), factor=st.floats(-3, 3))
+@given(weights=st.lists(st.floats(0.1, 9), min_size=1, max_size=5), factor=st.floats(0.01, 3) | st.floats(-3, -0.01))
 def test_factors_of_the_outputs(weights: list[float], factor: float) -> None:
     assert output_weights(weights, "sum") == weights
     assert sum(output_weights(weights, "mean")) == pytest.approx(1)
     assert sum(output_weights(weights, factor)) == pytest.approx(factor)
 
 
-@pytest.mark.parametrize("weights", [[], [0.0, 0.0], [float("nan")], [float("inf"), 1.0]])
+@pytest.mark.parametrize("weights", [[], [0.0, 0.0], [float("nan")], [float("inf"), 1.0], [1e39]])
 def test_weights_that_say_nothing(weights: list[float]) -> None:
-    with pytest.raises(UsageError, match=r"merge\.weights = .*: must be finite, and not all zero"):
+    with pytest.raises(UsageError, match=r"merge\.weights = .*: must be finite in float32, and not all zero"):
         output_weights(weights, "sum")
 
 
@@ -257,4 +257,6 @@ def test_dense_adapters_get_masks_from_a_budget_only() -> None:
     dense = [_adapter(0), _adapter(1)]
     assert prune(_adapter(2), dense, None).down_mask_RD is None
     assert prune(_adapter(2), dense, 20).kept == 20
+    with pytest.raises(UsageError, match=r"merge\.budget = 1: leaves a matrix of the merged adapter without entries"):
+        prune(_adapter(2), dense, 1)
     assert prune(_adapter(2), [_masked(0), _adapter(1)], None).down_mask_RD is None

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+import peft_lightning.functional.transport as transport
 from peft_lightning.errors import UsageError
 from peft_lightning.functional.transport import METRICS, Plan, ground_cost, solve_plan
 from tests.reference.transport import broadcast_cost, cheapest_assignment
@@ -114,9 +115,20 @@ def test_sinkhorn_tends_to_the_assignment() -> None:
     assert distances[0] > 0.5 and distances[-1] < 0.01
 
 
-def test_a_sinkhorn_stopped_early_says_so_and_still_mixes_convexly() -> None:
-    plan = solve_plan(_cost(6, 40, 40), "sinkhorn", regularisation=1e-4)
-    assert plan.residual > 1e-6
+@pytest.mark.parametrize("regularisation", [1e-4, 1e-5])
+def test_a_weak_regularisation_is_an_assignment_too(regularisation: float) -> None:
+    cost = _cost(7, 48, 48)
+    plan = solve_plan(cost, "sinkhorn", regularisation=regularisation)
+    assert plan.residual < 0.01
+    assert float((plan.mass(48) - solve_plan(cost).mass(48)).abs().sum()) < 0.03
+
+
+def test_a_sinkhorn_stopped_early_says_so_and_still_mixes_convexly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "_STEPS", 1)
+    monkeypatch.setattr(transport, "_LAST", 1)
+    with pytest.warns(UserWarning, match=r"merge.regularisation = 0.0001: the plan misses its marginals by"):
+        plan = solve_plan(_cost(6, 40, 40), "sinkhorn", regularisation=1e-4)
+    assert plan.residual > 0.01
     assert_close(plan.incoming(40).sum(1), torch.ones(40, dtype=torch.float64))
     assert_close(plan.outgoing(40).sum(1), torch.ones(40, dtype=torch.float64))
 

@@ -44,6 +44,13 @@ def test_pages_are_as_long_as_their_writer_says(
     check_parquet(path)
 
 
+@pytest.mark.parametrize("compression", ["none", "snappy"])
+def test_no_row_is_no_damage(compression: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pa.table(COLUMNS).slice(0, 0), path, compression=compression)
+    check_parquet(path)
+
+
 def test_values_of_a_page_count_however_few_bytes_stand_for_them() -> None:
     # lengths 10 and 0; in a struct in field 5, of data, or 8, of its second version: 1,000 values
     for field in (b"\x2c", b"\x5c"):
