@@ -111,6 +111,12 @@ def _parser() -> ToolParser:
         help="stages unlike the preset's, see below",
     )
     how.add_argument("--rank", type=int, help="LoRA: rank of the result (svd, ties, dare)")
+    _add_data(parser)
+    _add_output(parser)
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("unlabelled inputs, for activations and for output errors in the report")
     data.add_argument("--data", metavar="TASK", help="name of a row of the task table")
     data.add_argument("--texts", metavar="FILE", help="or a file with a text a line")
@@ -125,8 +131,6 @@ def _parser() -> ToolParser:
         default="own",
         help="own (each adapter on its own forward pass) or shared (all on the bare backbone's, which is faster)",
     )
-    _add_output(parser)
-    return parser
 
 
 def _add_output(parser: ToolParser) -> None:
