@@ -8,7 +8,8 @@ open. ``acts+`` and ``select`` are ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 from peft_lightning.checks import check_choices, check_types
 from peft_lightning.errors import UsageError
@@ -98,6 +99,32 @@ class Recipe:
         post = self.combine in ("regmean", "select")
         refit = self.repair == "refit" and self.combine != "select"
         return tuple(name for name, needed in (("pre", pre), ("post", post), ("refit", refit)) if needed)
+
+    def check_used(self, given: Mapping[str, object]) -> None:
+        """Refuse settings that decide nothing beside the others.
+
+        Args:
+            given: by the user; those that are as they would be anyway are passed over.
+
+        Raises:
+            UsageError: names the setting, and the one that it would need.
+        """
+        aligned, plain = ("align", ("weights", "activations")), {field.name: field.default for field in fields(self)}
+        needs = {
+            "features": ("align", ("weights",)),
+            **dict.fromkeys(("metric", "solver", "marginals", "reference"), aligned),
+            "regularisation": ("solver", ("sinkhorn",)),
+            "density": ("combine", ("ties",)),
+            "shrink": ("combine", ("regmean",)),
+            "choice": ("combine", ("select",)),
+            "ridge": ("repair", ("refit",)),
+        }
+        for name, (other, allowed) in needs.items():
+            if given.get(name, plain[name]) != plain[name] and getattr(self, other) not in allowed:
+                raise UsageError(
+                    f"merge.{name} = {given[name]!r}: decides nothing where merge.{other} is {getattr(self, other)!r}; "
+                    f"it is for {' or '.join(allowed)}"
+                )
 
     def _check_numbers(self) -> None:
         if isinstance(self.reference, str) and self.reference not in ("first", "medoid"):

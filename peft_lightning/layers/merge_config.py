@@ -80,8 +80,8 @@ class MergeConfig:
             names: of the adapters, one of which may be the reference.
 
         Raises:
-            UsageError: if the preset is one for LoRA, a stage has a value that is not allowed, or the reference is none
-                of the adapters or could be two of them.
+            UsageError: if the preset is one for LoRA, a stage has a value that is not allowed or that decides nothing,
+                or the reference is none of the adapters or could be two of them.
         """
         if self.for_updates:
             raise UsageError(
@@ -92,7 +92,9 @@ class MergeConfig:
             changed["reference"] = _place(changed["reference"], list(names))
         if self.scale is not None:
             changed["scale"] = self.scale
-        return replace(PRESETS[self.preset], **changed)
+        recipe = replace(PRESETS[self.preset], **changed)
+        recipe.check_used(self.recipe)
+        return recipe
 
     def update_options(self) -> dict[str, Any]:
         """Arguments of ``functional.lowrank.merge_updates``, all but the updates.

@@ -14,8 +14,32 @@ from peft_lightning.layers.merge_config import MergeConfig
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_the_functional_ones_unless_told_otherwise(preset: str) -> None:
     assert MergeConfig(preset=preset).resolve() == PRESETS[preset]
-    changed = MergeConfig(preset=preset, scale=0.5, recipe={"ridge": 0.1}).resolve()
-    assert (changed.scale, changed.ridge) == (0.5, 0.1)
+    changed = MergeConfig(preset=preset, scale=0.5, recipe={"masks": "budget"}).resolve()
+    assert (changed.scale, changed.masks) == (0.5, "budget")
+
+
+@pytest.mark.parametrize(
+    ("preset", "recipe", "message"),
+    [
+        ("wts", {"ridge": 5.0}, "merge.ridge = 5.0: decides nothing where merge.repair is 'none'; it is for refit"),
+        ("wts", {"density": 0.3}, "merge.density = 0.3: .* merge.combine is 'average'; it is for ties"),
+        ("wts", {"shrink": 0.5}, "merge.shrink = 0.5: .*; it is for regmean"),
+        (
+            "sum",
+            {"solver": "sinkhorn"},
+            "merge.solver = 'sinkhorn': .* merge.align is 'none'; it is for weights or act",
+        ),
+        ("select", {"reference": 1}, "merge.reference = 1: .* merge.align is 'none'"),
+        ("acts", {"features": "all"}, "merge.features = 'all': .* merge.align is 'activations'; it is for weights"),
+        ("acts", {"regularisation": 0.1}, "merge.regularisation = 0.1: .* merge.solver is 'assignment'"),
+        ("acts", {"choice": "gain"}, "merge.choice = 'gain': .* it is for select"),
+    ],
+)
+def test_what_decides_nothing_is_refused(preset: str, recipe: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        MergeConfig(preset=preset, recipe=recipe).resolve()
+    default = {name: getattr(PRESETS[preset], name) for name in recipe if name not in ("reference",)}
+    assert MergeConfig(preset=preset, recipe=default).resolve() == PRESETS[preset]
 
 
 def test_a_reference_may_be_a_name() -> None:
