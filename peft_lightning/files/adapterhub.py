@@ -21,6 +21,7 @@ from peft_lightning.files.adapterhub_config import from_config, to_config
 from peft_lightning.files.adapterhub_head import head_config, head_tensors, read_head
 from peft_lightning.files.foreign import ForeignAdapter, read_json, read_masks, read_tensors, write_folder
 from peft_lightning.files.values import check_finite
+from peft_lightning.layers.adapters import AdapterConfig
 
 __all__ = ["FAMILIES", "read_adapterhub", "write_adapterhub"]
 
@@ -30,6 +31,7 @@ FAMILIES = {"bert": "Bert", "roberta": "Roberta"}
 # The format that is written is this version's; a reader takes a file without a known version for an old one.
 _VERSION = "adapters.1.3.0"
 _LEGACY = re.compile(r"\.(attention|layer)_text_(task|lang)_adapters\.")
+_GROUPS = r"\.(?:adapters|loras)\."
 _TENSOR = re.compile(
     r"encoder\.layer\.(?P<layer>\d{1,6})\."
     r"((?P<place>(?:attention\.)?output)\.adapters\.(?P<name>[^.]+)\.(?P<part>adapter_down\.0|adapter_up)\.(?P<kind>weight|bias)"
@@ -82,7 +84,7 @@ def read_adapterhub(
     notes = _inverse(config, tensors, str(what))
     adapter, more = from_config(config, depth, str(what))
     masks, prune = read_masks(folder, tensors)
-    tensors = _checked(tensors, str(config.get("name")), adapter.name, hidden, adapter.bottleneck, folder)
+    tensors = _checked(tensors, str(config.get("name")), adapter, hidden, folder)
     masks = {_with_name(name, adapter.name): mask for name, mask in masks.items()}
     head, labels = read_head(folder, allow_bin) if with_head else (None, None)
     _check_head(head or {}, hidden, folder)
@@ -173,9 +175,10 @@ def _depth(config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
 
 
 def _checked(
-    tensors: dict[str, Tensor], name: str, new: str, hidden: int, inner: int, folder: Path
+    tensors: dict[str, Tensor], name: str, adapter: AdapterConfig, hidden: int, folder: Path
 ) -> dict[str, Tensor]:
-    """The tensors under the adapter's new name; shapes are those of the configuration."""
+    """The tensors under the adapter's new name; shapes and places are those of the configuration."""
+    inner = adapter.bottleneck
     shapes = {
         "adapter_down.0.weight": (inner, hidden),
         "adapter_down.0.bias": (inner,),
@@ -187,6 +190,8 @@ def _checked(
         found = _TENSOR.fullmatch(key)
         if found is None or name not in (found["name"], found["lora"]):
             wrong.append(f"{key} is no tensor of the adapter {name!r}")
+        elif adapter.target is not None and not re.search(adapter.target, re.split(_GROUPS, key)[0]):
+            wrong.append(f"{key} is where the configuration has no adapter")
         elif found["lora"]:
             rank = tensor.shape[0 if found["AB"] == "lora_A" else -1] if tensor.ndim == 2 else None
             if rank != inner:
@@ -200,7 +205,7 @@ def _checked(
         listed = "; ".join(sorted(wrong)[:4]) or ("there are biases only" if tensors else "there are none")
         many = f"{len(wrong)} tensors" if wrong else "the tensors"
         raise CheckpointError(f"{folder}: {many} differ from adapter_config.json: {listed}")
-    return {_with_name(key, new): tensor for key, tensor in tensors.items()}
+    return {_with_name(key, adapter.name): tensor for key, tensor in tensors.items()}
 
 
 def _check_head(head: dict[str, Tensor], hidden: int, folder: Path) -> None:

@@ -28,8 +28,8 @@ class Recipe:
     Attributes:
         balance: give each neuron equal norms on both its sides, where the nonlinearity lets scales pass (ReLU).
         align: none, weights or activations (their second moments before the nonlinearity).
-        features: what of the weights is compared: down (the rows of the down projection, as in the paper) or all (with
-            bias and up projection).
+        features: what of the weights is compared: down (the rows of the down projection, as in the paper; rows that
+            masks have emptied are all alike) or all (with bias and up projection).
         metric: euclidean, squared or inner.
         solver: assignment (one to one; the result has the width of the widest), emd or sinkhorn (mixes; the result
             has the width of the reference).

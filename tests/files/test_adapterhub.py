@@ -384,6 +384,13 @@ def test_left_out_layers_come_back(tmp_path: Path) -> None:
     given = read_adapterhub(tmp_path)
     assert given.base["num_hidden_layers"] == 4
     assert given.adapter.target == r"^encoder\.layer\.(0|2)\.(output)$"
+    write_adapterhub(tmp_path / "all", adapter(base={**adapter().base, "num_hidden_layers": 2}))
+    path = tmp_path / "all" / "adapter_config.json"
+    content = json.loads(path.read_text())
+    content["config"]["leave_out"] = [0]
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"encoder\.layer\.0.* is where the configuration has no adapter"):
+        read_adapterhub(tmp_path / "all")
 
 
 def test_a_mask_that_was_changed(tmp_path: Path) -> None:
