@@ -54,8 +54,10 @@ def check_machine(module: L.LightningModule, trainer: L.Trainer) -> None:
         )
     strategy = trainer.strategy
     if not isinstance(strategy, ShardedStrategy):
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-            raise UsageError(f"trainer.strategy = {type(strategy).__name__}: must be auto, ddp or fsdp2")
+        by = getattr(strategy, "_start_method", "popen")
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or by not in (None, "popen"):
+            name = type(strategy).__name__ if by in (None, "popen") else f"ddp_{by}"
+            raise UsageError(f"trainer.strategy = {name}: must be auto, ddp or fsdp2")
         return
     backbone, kind = getattr(module, "backbone_config", None), getattr(module, "kind", None)
     reasons = {

@@ -152,6 +152,10 @@ def test_processes_that_nobody_would_start_are_refused(monkeypatch: pytest.Monke
     check_processes(local, {"LOCAL_RANK": "1", "MASTER_PORT": "1"})
     check_processes(local, {})
     check_processes(one, {"LOCAL_RANK": "0"})
+    started = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}
+    for trainer, product in ((one, "1 x 1"), (L.Trainer(devices=4, strategy="ddp", **common), "4 x 1")):
+        with pytest.raises(UsageError, match=rf"num_nodes = {product}: torchrun has started 2 processes"):
+            check_processes(trainer, started)
 
 
 def test_which_errors_mean_that_another_process_is_gone() -> None:

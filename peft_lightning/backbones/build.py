@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
-from peft_lightning.backbones.folders import check_folder
+from peft_lightning.backbones.folders import check_folder, check_sizes
 from peft_lightning.backbones.options import PRUNED_FILE, check_options, pruned_folder
 from peft_lightning.backbones.quiet import quiet
 from peft_lightning.backbones.sharing import shared
@@ -162,6 +162,7 @@ def _build(config: BackboneConfig, auto: Any, tokenizer: Any) -> tuple[nn.Module
         if config.config is not None:
             options = dict(config.config)
             check_options(options)
+            check_sizes(options)
             if "vocab_size" not in options:
                 options["vocab_size"] = _vocabulary(config, tokenizer)
             numbers = _special_numbers(tokenizer) or _roles(config)

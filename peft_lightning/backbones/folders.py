@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from peft_lightning.reading.json_text import parse_json
 from peft_lightning.reading.limits import file_inside, read_bytes, regular_size
 from peft_lightning.reading.pickled import check_pickled
 
-__all__ = ["check_folder"]
+__all__ = ["check_folder", "check_sizes"]
 
 # More layers than any model has: they would be built before anything is compared.
 _MOST_LAYERS = 4096
 _MOST = 1 << 26
-_SIZES = re.compile("size|layers|heads|dim|ffn|width|d_model")
+# Places that are learned; those that are computed take no memory.
+_MOST_PLACES = 1 << 21
+_COMPUTED = ("llama", "qwen2", "qwen3", "mistral")
+_SIZES = re.compile("size|layers|heads|dim|ffn|width|d_model|position")
 # With places that are learned, and so of as many weights as there are; others compute them.
 _PLACED = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet", "albert", "gpt2", "opt")
 _SHARED = ("albert",)  # all layers are one
@@ -25,6 +29,7 @@ _SHARED = ("albert",)  # all layers are one
 _ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2")
 # What transformers opens, and what of it is small and decides what is built.
 _READ = (".json", ".txt", ".model", ".safetensors", ".bin", ".jinja")
+_SAFE = ("model.safetensors", "model.safetensors.index.json")
 _PARSED = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -49,12 +54,15 @@ def check_folder(name: str | None) -> None:
                 content = parse_json(read_bytes(path))
                 if path.name == "config.json":
                     _check_code(content)
-                    _check_numbers(content, folder)
+                    check_sizes(content)
+                    _check_weights(content, folder)
+                elif path.name == "tokenizer_config.json":
+                    _check_files(content)
                 elif path.name.endswith(".index.json"):
-                    _check_index(folder, content)
-            elif path.name == "tokenizer.json":
+                    _check_index(folder, content, ".bin" if path.name.startswith("pytorch_model") else ".safetensors")
+            elif path.match("tokenizer*.json"):
                 check_tokenizer(parse_json(read_bytes(path), once=False))
-            elif path.match("pytorch_model*.bin") and not list(folder.glob("*.safetensors")):
+            elif path.match("pytorch_model*.bin") and not any((folder / name).exists() for name in _SAFE):
                 check_pickled(path)
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from None
@@ -69,19 +77,35 @@ def _check_code(content: Any) -> None:
     for key, value in content.items():
         if key.strip("_").startswith("attn_implementation") and value not in _ATTENTIONS:
             raise ValueError(f"{key} = {str(value)[:60]}: must be null, eager, sdpa or flash_attention_2")
+        if key == "transformers_weights" and value is not None:
+            raise ValueError("transformers_weights: names a file; the weights are in the usual ones")
         if key == "quantization_config" and value is not None:
             raise ValueError("quantization_config: quantised weights are not read")
         if isinstance(value, dict):
             _check_code(value)
 
 
-def _check_numbers(content: dict[str, Any], folder: Path) -> None:
-    """Layers as there may be, and no widths of more weights than the files beside have bytes."""
-    numbers = {key: value for key, value in content.items() if type(value) is int}
-    for key, value in numbers.items():
-        most = _MOST_LAYERS if "layers" in key else _MOST
-        if _SIZES.search(key) and not -1 <= value <= most:
+def check_sizes(content: Mapping[str, Any]) -> None:
+    """Refuse sizes that no model has, before it is built.
+
+    Args:
+        content: options of a configuration of transformers, with those within.
+
+    Raises:
+        ValueError: names the option and what is allowed.
+    """
+    places = _MOST if content.get("model_type") in _COMPUTED else _MOST_PLACES
+    for key, value in content.items():
+        most = _MOST_LAYERS if "layers" in key else places if "position" in key else _MOST
+        if isinstance(value, Mapping):
+            check_sizes(value)
+        elif type(value) is int and _SIZES.search(str(key)) and not -1 <= value <= most:
             raise ValueError(f"{key} = {str(value)[:40]}: must be up to {most}")
+
+
+def _check_weights(content: dict[str, Any], folder: Path) -> None:
+    """No widths of more weights than the files beside have bytes."""
+    numbers = {key: value for key, value in content.items() if type(value) is int}
     files = [path for ending in ("safetensors", "bin") for path in folder.glob(f"*.{ending}")]
     width = numbers.get("hidden_size", numbers.get("d_model", 1))
     within = numbers.get("embedding_size", width)
@@ -95,9 +119,18 @@ def _check_numbers(content: dict[str, Any], folder: Path) -> None:
         raise ValueError(f"its sizes need {needed:,} weights at least; the files beside it have {there:,} bytes")
 
 
-def _check_index(folder: Path, content: Any) -> None:
+def _check_index(folder: Path, content: Any, suffix: str) -> None:
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict):
         raise ValueError("has no mapping weight_map")
     for name in sorted({str(name) for name in names.values()}):
-        file_inside(folder, name)
+        if not name.endswith(suffix):
+            raise ValueError(f"names {name[:60]!r}, which does not end in {suffix}")
+        file = file_inside(folder, name)
+        if suffix == ".bin" and not any((folder / safe).exists() for safe in _SAFE):
+            check_pickled(file)
+
+
+def _check_files(content: Any) -> None:
+    if isinstance(content, dict) and content.get("fast_tokenizer_files") is not None:
+        raise ValueError("fast_tokenizer_files: names other files; tokenizer.json is the one that is read")

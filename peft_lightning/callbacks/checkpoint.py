@@ -248,8 +248,10 @@ class RunCheckpoint(Checkpoint):
     def _leave(self, trainer: L.Trainer) -> None:
         number = signal.Signals(self._signal or signal.SIGTERM)
         if trainer.is_global_zero:
-            saved = f"all to step {self._saved_step} is in" if self._saved_step >= 0 else "nothing is newer than"
-            where = f"after step {trainer.global_step}, {saved} {self.folder / LAST}"
+            last = self.folder / LAST
+            before = f"nothing is newer than {last}" if last.exists() else "nothing is saved yet"
+            saved = f"all to step {self._saved_step} is in {last}" if self._saved_step >= 0 else before
+            where = f"after step {trainer.global_step}, {saved}"
             sys.stderr.write(f"\nstopped by {number.name} {where}\n")
         raise Terminated(number)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from peft_lightning.files.checksum import verify, write_summed
 from peft_lightning.files.latest import LAST, PREVIOUS, is_whole
 
 __all__ = ["AtomicCheckpointIO"]
+
+_LITTLE = 1 << 30
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -42,7 +45,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             )
         except (OSError, RuntimeError) as error:
             kept = "the previous one is unchanged" if path.exists() else "there was none before"
-            raise CheckpointError(f"{path}: cannot save the checkpoint ({error}); {kept}") from error
+            there = next(folder for folder in path.absolute().parents if folder.exists())
+            free = shutil.disk_usage(there).free
+            room = f", {free / 2**20:.1f} MiB are free there" if free < _LITTLE else ""
+            raise CheckpointError(f"{path}: cannot save the checkpoint ({error}{room}); {kept}") from error
         self._own.add(path)
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:

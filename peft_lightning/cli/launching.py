@@ -45,6 +45,12 @@ def check_processes(trainer: L.Trainer, environment: Mapping[str, str] = os.envi
     Raises:
         UsageError: says what starts the others.
     """
+    asked, there = trainer.num_devices * trainer.num_nodes, environment.get("WORLD_SIZE", "")
+    if "TORCHELASTIC_RUN_ID" in environment and there.isdigit() and int(there) != asked:
+        raise UsageError(
+            f"trainer.devices x trainer.num_nodes = {trainer.num_devices} x {trainer.num_nodes}: torchrun has started "
+            f"{there} processes (--nproc-per-node x --nnodes); must be as many"
+        )
     if trainer.world_size == 1 or not isinstance(
         getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment
     ):

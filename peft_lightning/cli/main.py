@@ -56,10 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(0)
     if words[0] not in COMMANDS:
         _fail(f"{words[0]!r} is not a command; there are: {', '.join(COMMANDS)}", 2)
-    if words[0] in _TRAINER or (words[0] != "doctor" and not {"-h", "--help"} & set(words)):
-        _quieten()
     try:
         with ends_on_signals(*_LEFT.get(words[0], ())):
+            if words[0] in _TRAINER or (words[0] != "doctor" and not {"-h", "--help"} & set(words)):
+                _quieten()
             _carry_out(words)
     except BaseException as error:
         from peft_lightning.backbones.tokenizer_json import is_failure

@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import lightning as L
 import torch.distributed as dist
@@ -33,29 +35,53 @@ class Held(Callback):
         patience: seconds to wait.
     """
 
+    _all: ClassVar[list[Held]] = []
+
+    @classmethod
+    @contextmanager
+    def released(cls) -> Iterator[None]:
+        """At the end of this all locks are let go, whatever ends it."""
+        try:
+            yield
+        finally:
+            while cls._all:
+                cls._all.pop().release()
+
     def __init__(self, folder: str | Path, patience: float = _PATIENCE) -> None:
         self.path, self.patience = Path(folder) / ".lock", patience
         self._file: IO[bytes] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the lock, in the first process.
+        """Take the lock, in the first process, unless it has it.
+
+        Raises:
+            UsageError: another run has it: what this one begins with may be out of date when that one ends.
+        """
+        if trainer.is_global_zero and self._file is None:
+            self.take(0.0)
+
+    def take(self, patience: float | None = None) -> None:
+        """Take the lock.
+
+        Args:
+            patience: seconds to wait; by default the object's.
 
         Raises:
             UsageError: another run has it.
         """
-        if not trainer.is_global_zero:
-            return
+        patience = self.patience if patience is None else patience
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab")
-        until, said = time.monotonic() + self.patience, False
+        self._all.append(self)
+        until, said = time.monotonic() + patience, False
         while self._is_taken():
-            if time.monotonic() > until:
+            if time.monotonic() >= until:
                 self.release()
                 raise UsageError(f"--run_dir = {self.path.parent}: another process trains into it; name another folder")
             if not said:
                 sys.stderr.write(f"peft-lightning: another process trains into {self.path.parent}: waits for its end\n")
             said = True
-            time.sleep(min(1.0, self.patience / 4))
+            time.sleep(min(1.0, patience / 4))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let go."""

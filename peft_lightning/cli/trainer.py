@@ -118,7 +118,10 @@ class TrainerCLI(LightningCLI):
             raise UsageError(
                 f"--run_dir = {folder}: exists already; add --resume auto to go on with it, or name another folder"
             )
+        self._held = Held(folder)
         if options.resume:
+            if folder.is_dir() and _first_rank() and not options.trainer.fast_dev_run:
+                self._held.take()  # before the look for what there is to go on from
             last = checkpoint_to_resume(folder, self._effective(), options.resume, speaks=_first_rank())
             options.ckpt_path = None if last is None else str(last)
 
@@ -143,7 +146,7 @@ class TrainerCLI(LightningCLI):
             callbacks.insert(0, ProgressLine())
         checkpoints = self.subcommand == "fit" and config.get("enable_checkpointing") is not False and not trial
         if checkpoints:
-            callbacks += [RunCheckpoint(folder, self.options.save_every_n_steps), Held(folder)]
+            callbacks += [RunCheckpoint(folder, self.options.save_every_n_steps), self._held]
         loggers: Any = config.get("logger")
         if loggers in (None, True):
             loggers = self._loggers(folder) if self.subcommand == "fit" and not trial else False
@@ -245,7 +248,7 @@ def run(words: list[str]) -> None:
     require_checkpoint(words)
     refuse_linked(words)
     restrict_classes()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Held.released():
         words = joined(with_recorded_settings(words, Path(folder)))
         parser_options = {"exit_on_error": False}
         sys.argv[1:] = words  # what further local processes (DDP) are started with

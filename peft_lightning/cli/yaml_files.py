@@ -99,7 +99,8 @@ def _count(text: str) -> None:
             total += sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
             total += 1
-            if len(event.value) > _LONGEST_NUMBER and not event.style and event.value[0] in "+-.0123456789":
+            number = not event.style and event.value[:1] in "+-.0123456789" or not event.implicit[1]  # or tagged as one
+            if len(event.value) > _LONGEST_NUMBER and number:
                 raise ValueError(f"has a number of {len(event.value):,} characters")
             if event.anchor:
                 sizes[event.anchor] = 1

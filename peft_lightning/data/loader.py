@@ -9,8 +9,11 @@ Shapes: B rows of a batch, G = batch size x ranks the rows of a global batch.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -171,7 +174,7 @@ class Loader:
     def _batches(self, plan: list[Batch]) -> Iterator[dict[str, Any]]:
         pin = torch.cuda.is_available()
         if self._workers:
-            yield from torch.utils.data.DataLoader(
+            loader = torch.utils.data.DataLoader(
                 _Planned(plan, self._collate),
                 batch_size=None,
                 num_workers=self._workers,
@@ -180,6 +183,9 @@ class Loader:
                 generator=torch.Generator(),
                 worker_init_fn=_wait_for_the_owner,
             )
+            with _held_back():
+                batches = iter(loader)
+            yield from batches
         else:
             for batch in plan:
                 yield _pin(self._collate(batch)) if pin else self._collate(batch)
@@ -235,11 +241,28 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _wait_for_the_owner(number: int) -> None:
     """Have a signal to the whole group of processes end the one that reads, which saves first, and not its workers.
 
-    They end when it does. A second SIGTERM is from their owner, and ends them.
+    They end when it does, or when SIGTERM comes from it. They are started with all three signals held back.
     """
     for each in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(each, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGUSR1))
+    threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_by(owner: int) -> None:
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != owner:
+        pass
+    os._exit(128 + signal.SIGTERM)
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Signals wait until the end of this, also in processes that are started in it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _pin(batch: Any) -> Any:

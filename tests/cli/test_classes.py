@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import peft_lightning.trust
@@ -88,6 +89,27 @@ def test_a_configuration_that_names_something_else(case: str, capsys: pytest.Cap
     assert not Path("ran").exists() and not Path("run/last.ckpt").exists()
     if "this.X" in str(EVIL[case]):
         assert "this.X" in line and "--import this trusts its module" in line
+
+
+@pytest.mark.parametrize("where", ["model.init_args.backbone", "trainer.logger", "checkpoint"])
+def test_what_is_refused_is_not_imported(where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the parser takes any value, and where no user has written it."""
+    Path("evil_module.py").write_text("open('ran', 'w').close()\nclass Evil:\n    pass\n")
+    sys.path.insert(0, str(tmp_path))
+    evil = {"class_path": "evil_module.Evil"}
+    backbone = {"config": {"model_type": "bert", **evil}, "tokenizer": "toy"}
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "x"}, "dict_kwargs": {"a": evil}}
+    words = configured({"trainer": {"logger": logger}})
+    if where == "model.init_args.backbone":
+        words = configured({"model": {"init_args": {"backbone": backbone}}})
+    elif where == "checkpoint":
+        main([*configured({}), "--trainer.max_steps", "1", "--trainer.val_check_interval", "1"])
+        content = torch.load("run/last.ckpt", weights_only=True)
+        content["peft_lightning"]["hyper_parameters"]["backbone"]["config"].update(evil)
+        torch.save(content, "evil.ckpt")
+        words = ["test", "--ckpt_path", "evil.ckpt"]
+    fails(words, capsys)
+    assert not Path("ran").exists() and "evil_module" not in sys.modules
 
 
 def test_a_module_that_the_user_names(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import threading
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +30,9 @@ def test_one_has_it_until_its_end(end: str, tmp_path: Path) -> None:
     held.setup(FIRST, FIRST, "fit")
     with pytest.raises(BlockingIOError):
         locked(tmp_path / "run")
-    with pytest.raises(UsageError, match="--run_dir = .*run: another process trains into it"):
-        Held(tmp_path / "run", 0.1).setup(FIRST, FIRST, "fit")
+    for begin in (lambda one: one.setup(FIRST, FIRST, "fit"), Held.take):
+        with pytest.raises(UsageError, match="--run_dir = .*run: another process trains into it"):
+            begin(Held(tmp_path / "run", 0.1))
     Held(tmp_path / "run", 0.1).setup(SimpleNamespace(is_global_zero=False), FIRST, "fit")  # type: ignore[arg-type]
     getattr(held, end)(FIRST, FIRST, "fit")
     locked(tmp_path / "run").close()
@@ -42,7 +42,8 @@ def test_one_that_ends_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixtu
     other = locked(tmp_path)
     threading.Timer(0.5, other.close).start()
     held = Held(tmp_path, 2.0)
-    held.setup(FIRST, FIRST, "fit")
+    held.take()
+    held.setup(FIRST, FIRST, "fit")  # has it
     assert other.closed
     assert capsys.readouterr().err.count("waits for its end") == 1
     held.release()
@@ -57,9 +58,12 @@ def test_where_there_are_no_locks_nothing_is_held(tmp_path: Path, monkeypatch: p
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("peft_lightning.cli.trainer.Held", partial(Held, patience=0.1))
+    monkeypatch.setattr(Held.__init__, "__defaults__", (0.1,))
     folder = tmp_path / "run"
     folder.mkdir()
     with locked(folder):
         status, line = fails([*FIT, "--run_dir", str(folder)], capsys)
-    assert status == 2 and f"--run_dir = {folder}: another process trains into it" in line
+        assert status == 2 and f"--run_dir = {folder}: another process trains into it" in line
+        status, line = fails([*FIT, "--run_dir", str(folder), "--resume", "auto"], capsys)
+        assert status == 2 and f"--run_dir = {folder}: another process trains into it" in line
+    locked(folder).close()  # nobody has kept it

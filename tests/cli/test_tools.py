@@ -148,7 +148,7 @@ def test_pickles_only_on_request(
     (hub / "adapter.safetensors").unlink()
     capsys.readouterr()
     words = ["import", "--from", str(hub), "--task", "mrpc", "--backbone", str(backbone), "--out", out]
-    assert "is a pickle; give allow_bin (--allow_bin)" in refused(*words, status=2, capsys=capsys)
+    assert "is a pickle, which import and merge read with --allow_bin" in refused(*words, status=2, capsys=capsys)
     main([*words, "--allow_bin"])
     assert load(out).prune.active
 

@@ -20,6 +20,7 @@ BAD = {
     "in itself": ("a: &a [*a]", "a collection holds itself"),
     "a number": (f"a: {'1' * 100_000}", "has a number of 100,000 characters"),
     "sixties": ("a: " + "1:" * 5000 + "1", "has a number of 10,001 characters"),
+    "tagged": ('a: !!int "' + "1:" * 5000 + '1"', "has a number of 10,001 characters"),
     "bytes": ("a: \xff", "is not UTF-8"),
     "a class": ("a: !!python/object/apply:os.system [ls]", "is no YAML"),
     "a date": ("a: 2001-99-99", "is no YAML"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
+import subprocess
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch.testing import assert_close
 
 from peft_lightning.data.cache import Encoded
 from peft_lightning.data.collate import PaddingCollate
-from peft_lightning.data.loader import Batch, LengthGroupedSampler, Loader
+from peft_lightning.data.loader import Batch, LengthGroupedSampler, Loader, _held_back
 from peft_lightning.errors import DataError, UsageError
 from tests.reference.sampler import counted_rows, global_batches
 
@@ -278,15 +280,44 @@ def test_every_epoch_is_asked_for_when_it_begins() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_whole_group_leaves_workers_alone(number: int) -> None:
-    """The process that reads has to save first."""
+    """The process that reads has to save first; however often launchers pass it on, and however young they are."""
     lengths, before = np.arange(200) % 9 + 1, multiprocessing.active_children()
     reading = iter(loader_of(lengths, workers=2))
-    seen = [next(reading) for _ in range(9)]  # both have begun
+    seen = [next(reading)]
     workers = [child for child in multiprocessing.active_children() if child not in before]
-    for worker in workers:
-        os.kill(worker.pid or 0, number)
+    signalled = ["kill", f"-{int(number)}", *(str(worker.pid) for worker in workers)]
+    subprocess.run(signalled, check=True)
+    seen += [next(reading) for _ in range(8)]  # both have begun
+    for _ in range(3):
+        subprocess.run(signalled, check=True)
     seen += list(reading)
     assert len(workers) == 2 and sum(len(batch["labels"]) for batch in seen) == 200
+
+
+def test_workers_end_when_their_owner_says_so() -> None:
+    before = multiprocessing.active_children()
+    reading = iter(loader_of(np.arange(200) % 9 + 1, workers=2))
+    next(reading)
+    workers = [child for child in multiprocessing.active_children() if child not in before]
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):  # by torch, as soon as one has
+        for worker in workers:
+            worker.terminate()
+        time.sleep(10)
+    for worker in workers:
+        worker.join(10)
+    assert [worker.exitcode for worker in workers] == [143, 143]
+
+
+def test_signals_that_came_while_workers_started_are_heard_afterwards() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    try:
+        with _held_back():
+            signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+            assert not heard
+        assert heard == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
