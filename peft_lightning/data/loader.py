@@ -246,7 +246,10 @@ def _wait_for_the_owner(number: int) -> None:
     for each in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(each, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGUSR1))
-    threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
+    else:  # macOS does not say who sends a signal
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
 
 
 def _end_by(owner: int) -> None:
