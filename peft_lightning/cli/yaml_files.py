@@ -99,8 +99,10 @@ def _count(text: str) -> None:
             total += sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
             total += 1
-            number = not event.style and event.value[:1] in "+-.0123456789" or not event.implicit[1]  # or tagged as one
-            if len(event.value) > _LONGEST_NUMBER and number:
+            tagged = not any(event.implicit) and event.tag != "tag:yaml.org,2002:str"
+            if len(event.value) > _LONGEST_NUMBER and (
+                tagged or (not event.style and event.value[0] in "+-.0123456789")
+            ):
                 raise ValueError(f"has a number of {len(event.value):,} characters")
             if event.anchor:
                 sizes[event.anchor] = 1

@@ -52,6 +52,13 @@ def test_a_large_file_a_folder_and_none(tmp_path: Path) -> None:
         read_yaml(tmp_path / "x.yaml")
 
 
+@pytest.mark.parametrize("text", ["{}", '"{}"', "'{}'", '!!str "{}"', "|\n  {}"])
+def test_a_long_text_is_no_number(text: str, tmp_path: Path) -> None:
+    words = "a word and another " * 200
+    (tmp_path / "x.yaml").write_text("a: " + text.format(words))
+    assert read_yaml(tmp_path / "x.yaml")["a"].strip() == words.strip()
+
+
 def test_names_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("a: &a {b: 1}\nc: [*a, *a]\n")
     assert read_yaml(tmp_path / "x.yaml") == {"a": {"b": 1}, "c": [{"b": 1}, {"b": 1}]}
