@@ -5,7 +5,8 @@ Outside the training loop there is no state to save, and a process ends where it
 all. Inside of it, callbacks/checkpoint decides.
 
 Python answers a signal in its main thread, and only between two of its own instructions. Where that thread waits in a
-library meanwhile, such as for another process that does not come, a second thread ends the process.
+library meanwhile, such as for another process that does not come, a second thread ends the process. So it does where a
+signal was answered, but what the answer waits for does not come (:func:`end_if_overdue`).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["SIGNALS", "Terminated", "ends_on_signals", "take_over"]
+__all__ = ["SIGNALS", "Terminated", "end_if_overdue", "ends_on_signals", "take_over"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _SOON = 2.0
+_LOOK = 0.2  # seconds
 
 
 class _Watch:
@@ -32,6 +34,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self.patience = _SOON
+        self.last: Callable[[], object] = lambda: None
         self._answers: dict[int, float] = {}
         self._heard, self._told = socket.socketpair()
         self._told.setblocking(False)
@@ -62,8 +65,14 @@ class _Watch:
         if self._closed or self._answers.get(number, -math.inf) > heard - 1:
             return
         why = f"not answered within {waited:g} s, in a library that waits, as for another process"
-        os.write(2, f"\nstopped by {signal.Signals(number).name}: {why}; what is saved stays\n".encode())
-        os._exit(128 + number)
+        _end_here(number, why, self.last)
+
+
+def _end_here(number: int, why: str, last: Callable[[], object]) -> None:
+    """End the process from a thread, where its main thread does not."""
+    last()
+    os.write(2, f"\nstopped by {signal.Signals(number).name}: {why}; what is saved stays\n".encode())
+    os._exit(128 + number)
 
 
 _watch: _Watch | None = None
@@ -80,13 +89,19 @@ os.register_at_fork(after_in_child=_is_a_child)
 class Terminated(SystemExit):
     """The process was asked to end; ``code`` is its exit status."""
 
+    on_its_way = False  # the process says why it ends but once
+
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.number = number
+        Terminated.on_its_way = True
 
 
 def take_over(
-    signals: tuple[signal.Signals, ...], react: Callable[[int], object], patience: float = _SOON
+    signals: tuple[signal.Signals, ...],
+    react: Callable[[int], object],
+    patience: float = _SOON,
+    last: Callable[[], object] = lambda: None,
 ) -> dict[signal.Signals, Any]:
     """Have ``react`` called with the number of each signal that comes.
 
@@ -96,6 +111,7 @@ def take_over(
         signals: that are taken over.
         react: called in the main thread.
         patience: seconds after which, within :func:`ends_on_signals`, the process is ended if that is not possible.
+        last: called before that, in another thread.
 
     Returns:
         What handled the signals before; nothing outside the main thread, where Python refuses.
@@ -112,8 +128,33 @@ def take_over(
         react(number)
 
     if _watch is not None:
-        _watch.patience = patience
+        _watch.patience, _watch.last = patience, last
     return {number: signal.signal(number, handle) for number in signals}
+
+
+def end_if_overdue(
+    number: int, waits: Callable[[], bool | None], patience: float, last: Callable[[], object] = lambda: None
+) -> None:
+    """From a second thread, end the process where what a signal has asked for does not come.
+
+    Args:
+        number: of the signal.
+        waits: true while the time runs; false while it does not, such as while a file is written; None once there is
+            nothing to wait for.
+        patience: seconds, which begin again whenever ``waits`` was false.
+        last: called before the process ends.
+    """
+
+    def look() -> None:
+        until = time.monotonic() + patience
+        while (waiting := waits()) is not None:
+            if not waiting:
+                until = time.monotonic() + patience
+            elif time.monotonic() > until:
+                _end_here(number, f"no step has ended within {patience:g} s, after which it could be saved", last)
+            time.sleep(_LOOK)
+
+    threading.Thread(target=look, name="overdue", daemon=True).start()
 
 
 @contextmanager
@@ -126,10 +167,12 @@ def ends_on_signals(left: str = "nothing was trained that could be lost") -> Ite
 
     def end(number: int) -> None:
         signal.signal(number, signal.SIG_DFL)  # once more ends it at once
-        sys.stderr.write(f"\nstopped by {signal.Signals(number).name}: {left}\n")
+        if not Terminated.on_its_way:
+            sys.stderr.write(f"\nstopped by {signal.Signals(number).name}: {left}\n")
         raise Terminated(number)
 
     global _watch
+    Terminated.on_its_way = False
     before = take_over((*SIGNALS, signal.SIGINT), end)
     watch = _Watch() if before and _watch is None else None
     _watch = _watch or watch

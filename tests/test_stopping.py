@@ -31,6 +31,16 @@ def test_the_status_and_what_handled_it_before(number: signal.Signals, capsys: p
     assert f"stopped by {number.name}: nothing was trained that could be lost" in capsys.readouterr().err
 
 
+def test_why_it_ends_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # a second run in the same process says its own
+        with pytest.raises(Terminated), ends_on_signals():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os.kill(os.getpid(), signal.SIGUSR1)  # from another process that ends for the same reason
+        assert capsys.readouterr().err.count("stopped by") == 1
+
+
 def test_a_process_that_was_forked_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     with ends_on_signals():
         child = os.fork()

@@ -6,7 +6,8 @@ are those between two optimizer steps: one that is saved within an accumulation 
 
 SIGTERM, SLURM's SIGUSR1 and Ctrl-C wait for the next such moment, save and end the process; a second Ctrl-C ends it at
 once. What may take long does not make them wait: before a validation the state is saved, so that it can be left; and
-within a long accumulation they are looked for as well.
+within a long accumulation they are looked for as well. Where no such moment comes, since a step waits for something
+that has died or hangs, SIGTERM ends the process all the same before clusters would; SIGUSR1 comes long before that.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from peft_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.errors import UsageError
 from peft_lightning.files.latest import LAST, is_whole
-from peft_lightning.stopping import SIGNALS, Terminated, take_over
+from peft_lightning.stopping import SIGNALS, Terminated, end_if_overdue, take_over
 
 __all__ = ["RunCheckpoint"]
 
@@ -70,7 +71,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = -1
         self._restored: dict[str, Any] | None = None
         self._boundary: dict[str, Any] | None = None
-        self._validation_due = self._may_leave = False
+        self._validation_due = self._may_leave = self._writing = self._over = False
         self._trainer: L.Trainer | None = None
 
     # -- what a checkpoint remembers of the run's folder -------------------------------------------------------
@@ -99,6 +100,7 @@ class RunCheckpoint(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make all saving atomic and choose the metric."""
+        self._trainer = trainer
         self.monitor = self.monitor or getattr(pl_module, "monitor", None)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -107,7 +109,12 @@ class RunCheckpoint(Checkpoint):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Cut the log back to the checkpoint; a best score counts only with its file, undamaged."""
-        if not trainer.strategy.broadcast(is_whole(self.folder / "best.ckpt") if trainer.is_global_zero else None):
+        best = self.folder / "best.ckpt"
+        if not trainer.strategy.broadcast(is_whole(best) if trainer.is_global_zero else None):
+            if self.best_score is not None and trainer.is_global_zero:
+                what = f"{'is damaged' if best.exists() else 'is gone'}, with {self.monitor} {self.best_score:.4f}"
+                then = "the best from here on takes its place"
+                sys.stderr.write(f"peft-lightning: {best} (step {self.best_step}) {what}; {then}\n")
             self.best_score, self.best_step = None, -1
         for log in self._logs(trainer):
             log.cut(self._restored["log_rows"] if self._restored else 0)
@@ -126,8 +133,8 @@ class RunCheckpoint(Checkpoint):
         self._metrics, self._restored = dict(metrics), None
         if restored.get("validation_due"):
             trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
-        self._trainer, self._signal, self._boundary, self._saved_step = trainer, None, None, -1
-        take_over((*SIGNALS, signal.SIGINT), self._remember_signal, _PATIENCE)
+        self._signal, self._boundary, self._saved_step, self._over = None, None, -1, False
+        take_over((*SIGNALS, signal.SIGINT), self._remember_signal, _PATIENCE, self._kill_further)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -172,7 +179,8 @@ class RunCheckpoint(Checkpoint):
         score = trainer.callback_metrics.get(str(self.monitor))
         if score is not None and self._is_better(float(score)):
             self.best_score, self.best_step = float(score), trainer.global_step
-            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
+            content = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+            self._write(trainer, content, "best.ckpt")
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return  # in the middle of an optimizer step: its gradients so far are in no checkpoint
         self._remember_boundary(trainer)
@@ -182,14 +190,15 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end if nothing saved it yet."""
+        self._over = True
         if self._saved_step != trainer.global_step:
             self._save_last(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Pass a signal on to the processes that this one started."""
-        kill = getattr(trainer.strategy.launcher, "kill", None)
-        if isinstance(exception, Terminated) and kill is not None:
-            kill(exception.number)
+        self._over = True
+        if isinstance(exception, Terminated):
+            self._kill_further(exception.number)
 
     def _is_better(self, score: float) -> bool:
         if self.best_score is None:
@@ -217,9 +226,16 @@ class RunCheckpoint(Checkpoint):
         content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         if within and self._boundary is not None:
             content.update(self._boundary)
-        trainer.strategy.save_checkpoint(content, self.folder / LAST)
-        trainer.strategy.barrier("RunCheckpoint")
+        self._write(trainer, content, LAST)
         self._saved_step = trainer.global_step
+
+    def _write(self, trainer: L.Trainer, content: dict[str, Any], name: str) -> None:
+        self._writing = True
+        try:
+            trainer.strategy.save_checkpoint(content, self.folder / name)
+        finally:
+            self._writing = False
+        trainer.strategy.barrier("RunCheckpoint")
 
     def _count_rows(self, trainer: L.Trainer) -> None:
         for log in self._logs(trainer):
@@ -233,8 +249,19 @@ class RunCheckpoint(Checkpoint):
         self._signal, self._signalled = number, time.monotonic()
         if self._may_leave and self._trainer is not None:
             self._leave(self._trainer)
+        if number == signal.SIGTERM:
+            end_if_overdue(number, self._waits, _PATIENCE, self._kill_further)
         again = "; once more ends it at once" if number == signal.SIGINT else ""
         os.write(2, f"\n{signal.Signals(number).name}: ends after this optimizer step and saves{again}\n".encode())
+
+    def _waits(self) -> bool | None:
+        return None if self._over else not self._writing
+
+    def _kill_further(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to the processes that this one has started, which would wait for it or go on without it."""
+        kill = getattr(self._trainer.strategy.launcher, "kill", None) if self._trainer else None
+        if kill is not None:
+            kill(number)
 
     def _asked_to_stop(self, trainer: L.Trainer) -> bool:
         """True on all ranks as soon as any rank got a signal, which then is that of all."""

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.errors import UsageError
+from peft_lightning.files.latest import is_whole
 from peft_lightning.module import MethodModule
 from tests.toy import METHODS, build, data, trainer
 
@@ -151,12 +152,21 @@ def test_another_batch_size_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_a_best_score_counts_only_beside_its_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_best_score_counts_only_beside_its_file(
+    damaged: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(METHODS[0], tmp_path / "one", [], max_epochs=1)
     content = torch.load(tmp_path / "one" / "last.ckpt", weights_only=True)
     content["callbacks"]["RunCheckpoint"]["best_score"] = 1.0  # nothing beats it
     torch.save(content, tmp_path / "high.ckpt")
+    best = tmp_path / "two" / "best.ckpt"
+    if damaged:
+        best.parent.mkdir()
+        best.write_bytes((tmp_path / "one" / "best.ckpt").read_bytes()[:-200])
     fit = trainer(tmp_path / "two", max_epochs=2)
     path = str(tmp_path / "high.ckpt")
     fit.fit(build(METHODS[0]), datamodule=data(batch_size=8, rows=rows()), ckpt_path=path, weights_only=True)
-    assert (tmp_path / "two" / "best.ckpt").exists()
+    assert is_whole(best)
+    said = f"{best} (step 10) is {'damaged' if damaged else 'gone'}, with val/accuracy 1.0000; the best from here on"
+    assert capsys.readouterr().err.count(said) == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from peft_lightning.files.latest import is_whole
 from peft_lightning.module import MethodModule
 from peft_lightning.stopping import Terminated
 from tests.contract.test_resume import SETTINGS, StopAt, assert_same_end, run
@@ -87,6 +90,43 @@ def test_within_a_validation_within_an_accumulation(tmp_path: Path) -> None:
     options = SETTINGS["validating inside an accumulation"]
     stops = [SignalAt("validation batch", count) for count in (0, 1, 3)]
     assert_same_end(METHODS[0], tmp_path, stops, stopped=Terminated, **options)
+
+
+OVERDUE = """
+import os, signal, sys, time
+from pathlib import Path
+import peft_lightning.callbacks.checkpoint as checkpoint
+from peft_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from tests.contract.test_signals import METHODS, SignalAt, run
+
+class Hang(SignalAt):  # answers signals, and does not go on
+    def _tick(self, where):
+        super()._tick(where)
+        while where == self.where and self.count < 0:
+            time.sleep(1)
+
+save = AtomicCheckpointIO.save_checkpoint
+def slow(*arguments, **options):
+    time.sleep(3)
+    save(*arguments, **options)
+
+if __name__ == "__main__":
+    checkpoint._PATIENCE = 1.5
+    stop = (Hang if sys.argv[1] == "hangs" else SignalAt)("batch start", 2)
+    if sys.argv[1] == "saves":
+        AtomicCheckpointIO.save_checkpoint = slow
+    run(METHODS[0], Path(sys.argv[2]), [stop], max_epochs=2)
+"""
+
+
+@pytest.mark.parametrize("case", ["hangs", "saves"])
+def test_a_step_that_does_not_end_is_given_up_and_a_slow_disk_is_not(case: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", OVERDUE, case, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 143, done.stderr
+    given_up = "stopped by SIGTERM: no step has ended within 1.5 s, after which it could be saved; what is saved stays"
+    assert (given_up in done.stderr) == (case == "hangs")
+    assert is_whole(tmp_path / "last.ckpt") == (case == "saves")
 
 
 def test_slurms_warning_is_not_answered_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
