@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -153,11 +154,14 @@ def _folders(data_root: str | None) -> Iterator[_Line]:
 
 def _writable(folder: Path, how: str) -> tuple[str, str]:
     """The folder with its free space, or the nearest one above it that there is."""
-    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    there = next(path for path in (folder, *folder.resolve().parents) if os.path.exists(path))
     free = shutil.disk_usage(there).free
     what = f"{folder}, {free / 2**30:.1f} GiB free"
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return what, f"{there} cannot be written to; change its rights, or name another folder by {how}"
+    try:  # rights do not say all: what is mounted there may take nothing
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        why = (error.strerror or "it is no folder").lower()
+        return what, f"{there} cannot be written to ({why}); change its rights, or name another folder by {how}"
     if free < _LITTLE:
         return what, f"less than {_LITTLE >> 30} GiB free; make room, or name another folder by {how}"
     return what, ""

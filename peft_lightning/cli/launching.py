@@ -1,17 +1,20 @@
-"""Jobs of several processes: what is refused before they start, and what one says when another one is gone."""
+"""What is refused before a trainer is built or its processes start, and what one of them says when another is gone."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from peft_lightning.errors import UsageError
 
-__all__ = ["check_launcher", "check_processes", "lost_peer"]
+__all__ = ["check_launcher", "check_options", "check_processes", "lost_peer"]
 
+_STRATEGIES = "auto|ddp|ddp_find_unused_parameters_(true|false)|fsdp2"
 # What gloo, NCCL and their store say when the other end of a connection is gone.
 _GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe", "recvValue")
 
@@ -33,6 +36,33 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
             f"torchrun --max-restarts = {restarts}: processes that come back would look for those that are gone; set "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, with --rdzv-backend=c10d or --standalone, or leave it at 0"
         )
+
+
+def check_options(options: Any) -> None:
+    """Refuse options that the command line decides, or that Lightning would take otherwise or stumble over.
+
+    Args:
+        options: parsed, of one command.
+
+    Raises:
+        UsageError: names the option, its value and what is allowed.
+    """
+    trainer = options.trainer
+    if trainer.default_root_dir is not None:
+        raise UsageError("--trainer.default_root_dir: the run's folder is chosen by --run_dir")
+    for name, value in (
+        ("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches),
+        ("save_every_n_steps", options.get("save_every_n_steps", 1)),
+    ):
+        if isinstance(value, int) and value < 1:
+            raise UsageError(f"--{name} = {value}: must be at least 1")
+    if re.fullmatch(r"0|-0*([2-9]|1\d).*", str(trainer.devices)):
+        raise UsageError(f"--trainer.devices = {trainer.devices}: must be auto, -1 for all, or a number from 1")
+    if isinstance(trainer.strategy, str) and not re.fullmatch(_STRATEGIES, trainer.strategy):
+        raise UsageError(f"--trainer.strategy = {trainer.strategy}: must be auto, ddp or fsdp2")
+    seed = options.seed_everything
+    if isinstance(seed, bool) or seed < 0:  # a run that draws its seed cannot be repeated or gone on with
+        raise UsageError(f"--seed_everything = {seed}: must be a number, at least 0")
 
 
 def check_processes(trainer: L.Trainer, environment: Mapping[str, str] = os.environ) -> None:

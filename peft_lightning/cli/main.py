@@ -143,15 +143,14 @@ def _parse_problem(text: str) -> str:
         )
     noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
     lines = [line.strip() for line in text.splitlines() if not line.strip().removeprefix("- ").startswith(noise)]
-    telling = [line for line in lines if not line.startswith("- Expected a <class")]
-    if all(line.startswith("Parser key") for line in telling):
-        telling = lines + [line.strip() for line in text.splitlines() if line.strip().startswith("Given value:")]
+    telling = [line for line in lines if not line.startswith(("- Expected a <class", "- Expected a typing.Literal"))]
     message = " ".join(line.removeprefix("- ").replace("Parser key ", "option ") for line in telling)
+    message = re.sub(r"Expected an? (<class '[^']*'>)\. Got value:", lambda m: f"must be {_named(m[1])}, not", message)
     if message.endswith(":"):  # what was expected stands in the noise
         message += _expected(text)
     if "are required: fit." in message:
         message += "; give a configuration, as in: peft-lightning fit --config configs/sparse_adapter.yaml"
-    if "Got value: True" in message or "Got value: False" in message:
+    if re.search(r"must be .*, not (True|False)$", message):
         message += "; in YAML, put quotes around words such as yes, no, true and false"
     if message.startswith("backbone: give either"):
         message += "; null for the one that a configuration names, as in: --model.backbone.name null"
@@ -166,12 +165,17 @@ def _parse_problem(text: str) -> str:
 def _expected(text: str) -> str:
     """The innermost types that the parser tried, and the value that it tried them on."""
     kinds = re.findall(r"Subtypes: \[(.*)\]", text)
-    names = re.findall(r"<class '(?:[\w.]*\.)?(\w+)'>|([\w.]+\[[^<]*?\])(?=,|$)", kinds[-1]) if kinds else []
     values = [value for value in re.findall(r"Given value: (.*)", text) if not value.startswith("NestedArg")]
-    wanted = " or ".join(simple or full for simple, full in names).replace("NoneType", "null")
     if values[:1] == ["None"]:  # the parser makes a word of it on the way in
         return " takes null only from a configuration file, not from the command line"
-    return f" must be {wanted or 'of another type'}, not {values[0] if values else 'what was given'}"
+    return f" must be {_named(kinds[-1] if kinds else '') or 'of another type'}, not {values[0] if values else 'given'}"
+
+
+def _named(kinds: str) -> str:
+    """Types as the parser lists them, in words."""
+    found = re.findall(r"<class '(?:[\w.]*\.)?(\w+)'>|typing\.Literal\[(.*?)\]|([\w.]+\[[^<]*?\])(?=,|$)", kinds)
+    words = {"NoneType": "null", "bool": "true or false"}
+    return " or ".join(words.get("".join(names), "".join(names)) for names in found).replace("NoneType", "null")
 
 
 def _fail(message: str, code: int) -> None:

@@ -71,10 +71,10 @@ class Held(Callback):
         """
         patience = self.patience if patience is None else patience
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        self._file = file = self.path.open("ab")
         self._all.append(self)
         until, said = time.monotonic() + patience, False
-        while self._is_taken():
+        while _is_taken(file):
             if time.monotonic() >= until:
                 self.release()
                 raise UsageError(f"--run_dir = {self.path.parent}: another process trains into it; name another folder")
@@ -96,15 +96,6 @@ class Held(Callback):
         if self._file is not None:
             self._file.close()
         self._file = None
-
-    def _is_taken(self) -> bool:
-        try:
-            fcntl.flock(self._file or -1, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # some file systems of clusters know no locks
-            return False
-        return False
 
 
 class Agreed(Callback):
@@ -150,6 +141,17 @@ class Kept(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write it."""
         atomic_write(self.path, lambda file: file.write(self.text.encode()))
+
+
+def _is_taken(file: IO[bytes]) -> bool:
+    """Lock the file, unless another process has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # some file systems of clusters know no locks
+        return False
+    return False
 
 
 def _told(path: str, digest: str) -> str:

@@ -31,7 +31,7 @@ from peft_lightning.callbacks.report import Report
 from peft_lightning.callbacks.throughput import Throughput
 from peft_lightning.cli.classes import check_built, restrict_classes
 from peft_lightning.cli.drawing import draw_decisions
-from peft_lightning.cli.launching import check_launcher, check_processes
+from peft_lightning.cli.launching import check_launcher, check_options, check_processes
 from peft_lightning.cli.recorded import joined, option, refuse_linked, with_recorded_settings, with_texts
 from peft_lightning.cli.resuming import RESUME, checkpoint_to_resume
 from peft_lightning.cli.running import Agreed, Held, Kept, listed, placed
@@ -76,7 +76,7 @@ class TrainerCLI(LightningCLI):
         """Parse, and check what Lightning would stumble over before it does."""
         super().parse_arguments(parser, args)
         check_built(self.config[self.config["subcommand"]])
-        _check_trainer(self.config[self.config["subcommand"]])
+        check_options(self.config[self.config["subcommand"]])
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: flags given beside a checkpoint must not be overridden by what it holds."""
@@ -264,21 +264,6 @@ def run(words: list[str]) -> None:
             trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False, "log_every_n_steps": 10},
             parser_kwargs={**parser_options, **{name: parser_options for name in TrainerCLI.subcommands()}},
         )
-
-
-def _check_trainer(options: Any) -> None:
-    """Refuse options of the trainer that this command line decides, or that Lightning would stumble over."""
-    if options.trainer.default_root_dir is not None:
-        raise UsageError("--trainer.default_root_dir: the run's folder is chosen by --run_dir")
-    for name, value in (
-        ("trainer.accumulate_grad_batches", options.trainer.accumulate_grad_batches),
-        ("save_every_n_steps", options.get("save_every_n_steps", 1)),
-    ):
-        if isinstance(value, int) and value < 1:
-            raise UsageError(f"--{name} = {value}: must be at least 1")
-    seed = options.seed_everything
-    if isinstance(seed, bool) or seed < 0:  # a run that draws its seed cannot be repeated or gone on with
-        raise UsageError(f"--seed_everything = {seed}: must be a number, at least 0")
 
 
 def _tokenizer_of(backbone: Any) -> str | None:

@@ -120,29 +120,66 @@ def _count(text: str) -> None:
 
 
 class _Keys:
-    """Finds keys that a mapping has twice, of which the reader would take the last without a word."""
+    """Finds what a mapping has twice, of which the reader would take the last without a word.
+
+    That is a key, or what a mapping holds for one: the parser reads ``a.b: 1`` as ``a: {b: 1}``.
+    """
 
     def __init__(self) -> None:
-        self._open: list[tuple[set[str], bool] | None] = []  # keys of each mapping around, and whether one comes next
+        self._open: list[_Names | None] = []  # of each collection around
 
     def see(self, event: yaml.Event) -> None:
         """Take the next event of the file.
 
         Raises:
-            ValueError: a mapping's key is one that it has; says which, and where.
+            ValueError: a mapping has something twice; says what, and where.
         """
         if isinstance(event, yaml.CollectionEndEvent):
             self._open.pop()
             return
         if not isinstance(event, yaml.NodeEvent):
             return
-        if self._open and (inner := self._open[-1]):
-            known, next_ = inner
-            if next_ and isinstance(event, yaml.ScalarEvent):
-                if event.value in known:
-                    line = event.start_mark.line + 1
-                    raise ValueError(f"the key {event.value[:60]!r} comes twice in a mapping, again in line {line}")
-                known.add(event.value)
-            self._open[-1] = known, not next_
+        if self._open and (names := self._open[-1]):
+            names.see(event)
         if isinstance(event, yaml.CollectionStartEvent):
-            self._open.append((set(), True) if isinstance(event, yaml.MappingStartEvent) else None)
+            self._open.append(_Names() if isinstance(event, yaml.MappingStartEvent) else None)
+
+
+class _Names:
+    """The keys of a mapping."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+        self._above: set[str] = set()  # a and a.b of the key a.b.c
+        self._mappings: set[str] = set()
+        self._key: str | None = None  # whose value comes next
+        self._value_next = False
+
+    def see(self, event: yaml.NodeEvent) -> None:
+        """Take a key or a value."""
+        if not self._value_next:
+            self._key = event.value if isinstance(event, yaml.ScalarEvent) else None
+        if self._key is not None:
+            self._see_value(self._key, event) if self._value_next else self._see_key(self._key, event)
+        self._value_next = not self._value_next
+
+    def _see_key(self, key: str, event: yaml.NodeEvent) -> None:
+        if key in self._known:
+            raise self._twice(key, event)
+        parts = key.split(".", _DEEPEST)
+        above = [".".join(parts[:count]) for count in range(1, len(parts))]
+        for name in self._mappings.intersection(above):
+            raise self._twice(name, event)
+        self._known.add(key)
+        self._above.update(above)
+
+    def _see_value(self, key: str, event: yaml.NodeEvent) -> None:
+        if isinstance(event, yaml.MappingStartEvent | yaml.AliasEvent):
+            if key in self._above:
+                raise self._twice(key, event)
+            self._mappings.add(key)
+
+    @staticmethod
+    def _twice(key: str, event: yaml.NodeEvent) -> ValueError:
+        line = event.start_mark.line + 1
+        return ValueError(f"the key {key[:60]!r} comes twice in a mapping, again in line {line}")

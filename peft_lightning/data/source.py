@@ -20,7 +20,7 @@ from peft_lightning.data.toy import toy_rows
 from peft_lightning.errors import DataError, UsageError, first_line
 from peft_lightning.reading.json_text import check_json_lines, parse_json
 from peft_lightning.reading.limits import read_bytes
-from peft_lightning.reading.tables import check_parquet
+from peft_lightning.reading.tables import check_parquet, check_separated
 from peft_lightning.tasks.kinds.base import build_kind
 from peft_lightning.tasks.table import Task
 
@@ -168,7 +168,7 @@ def _from_hub(task: Task, split: str) -> Source:
 
 def _find_file(root: Path, task: Task, split: str, stage: str) -> Path:
     if not root.is_dir():
-        raise UsageError(f"root is {str(root)!r}; allowed: a folder that exists")
+        raise UsageError(f"root is {str(root)!r}; allowed: a folder that exists; --data.root names another one")
     files = {folder: _splits(folder) for folder in (root / task.folder, root)}
     folder, splits = next(((folder, splits) for folder, splits in files.items() if splits), (root, {}))
     if not splits:
@@ -216,6 +216,7 @@ def _read_separated(path: Path, strings: tuple[str, ...]) -> pa.Table:
     from pyarrow import csv
 
     tabs = path.suffix == ".tsv"
+    check_separated(path, quoted=not tabs)
     options = csv.ParseOptions(
         delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
     )

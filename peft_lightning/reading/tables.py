@@ -1,10 +1,13 @@
-"""Parquet files are looked through before they are read: a page of a few bytes can stand for gigabytes.
+"""Files of rows are looked through before they are read: a page of a few bytes can stand for gigabytes.
 
-Compared with the file's size are the sums at its end, the lengths that its pages promise, and its texts written out.
+Compared with a Parquet file's size are the sums at its end, the lengths that its pages promise, and its texts written
+out. Columns take memory of their own, kilobytes each, however little is in them.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +18,12 @@ from peft_lightning.reading.pages import unpacked_bytes
 if TYPE_CHECKING:
     from pyarrow import parquet
 
-__all__ = ["check_parquet"]
+__all__ = ["check_parquet", "check_separated"]
 
 # What a file may be in memory: so much in any case, and so many times its size.
 _LEAST, _TIMES = 1 << 29, 40
+_MOST_COLUMNS = 10_000
+_HEADER = 1 << 20  # characters that a line of names may have, as pyarrow has it
 
 
 def check_parquet(path: Path) -> None:
@@ -33,6 +38,7 @@ def check_parquet(path: Path) -> None:
     most = max(_LEAST, _TIMES * regular_size(path))
     with parquet.ParquetFile(path) as file:
         about, schema = file.metadata, file.schema
+        _refuse_columns(about.num_columns)
         groups = [about.row_group(number) for number in range(about.num_row_groups)]
         columns = [group.column(number) for group in groups for number in range(group.num_columns)]
         claimed = sum(max(column.total_uncompressed_size, 0) for column in columns)
@@ -41,6 +47,33 @@ def check_parquet(path: Path) -> None:
         texts = [schema.column(n).path for n in range(len(schema)) if schema.column(n).physical_type == "BYTE_ARRAY"]
         if any("DICTIONARY" in str(column.encodings) for column in columns if column.path_in_schema in texts):
             _check_texts(path, texts, len(groups), most)
+
+
+def check_separated(path: Path, *, quoted: bool) -> None:
+    """Count the columns of a file of lines that begins with their names.
+
+    Args:
+        path: of the file.
+        quoted: whether commas divide it and quotes are as usual (CSV); otherwise tabs do and there are none (TSV).
+
+    Raises:
+        ValueError: there are too many, or a name does not end.
+        OSError: it cannot be read.
+    """
+    regular_size(path)
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        begin = io.StringIO(file.read(_HEADER), newline="")
+    kind: dict[str, Any] = {} if quoted else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    try:
+        names = next((row for row in csv.reader(begin, **kind) if row), [])
+    except csv.Error as error:
+        raise ValueError(f"its names of columns cannot be read ({error})") from None
+    _refuse_columns(len(names))
+
+
+def _refuse_columns(count: int) -> None:
+    if count > _MOST_COLUMNS:
+        raise ValueError(f"has {count:,} columns; allowed: {_MOST_COLUMNS:,}")
 
 
 def _promised(path: Path, columns: list[Any]) -> int:

@@ -88,8 +88,14 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "another class": (["--model.class_path", "os.system"], r"os\.system"),
     "class weights": (["--model.init_args.class_weights", "[1,2,3]"], "must be 2 numbers"),
     "resume": (["--resume", "always"], "--resume = 'always': must be 'auto' or 'changed'"),
-    "not a number for the trainer": (["--trainer.max_epochs", "x"], r"trainer\.max_epochs.*<class 'int'>.*x"),
-    "no devices": (["--trainer.devices", "0"], "devices=.0."),
+    "not a number for the trainer": (
+        ["--trainer.max_epochs", "x"],
+        r"trainer\.max_epochs.*must be int or null, not x$",
+    ),
+    "no devices": (["--trainer.devices", "0"], r"devices = 0: must be auto, -1 for all, or a number from 1$"),
+    "fewer devices": (["--trainer.devices=-2"], r"devices = -2: must be auto"),
+    "a misspelt strategy": (["--trainer.strategy", "ddb"], r"strategy = ddb: must be auto, ddp or fsdp2$"),
+    "another strategy": (["--trainer.strategy", "deepspeed"], r"strategy = deepspeed: must be auto, ddp or fsdp2$"),
     "accumulation": (["--trainer.accumulate_grad_batches", "0"], r"accumulate_grad_batches = 0: must be at least 1"),
     "saving": (["--save_every_n_steps", "0"], "--save_every_n_steps = 0: must be at least 1"),
     "default root": (["--trainer.default_root_dir", "x"], "chosen by --run_dir"),
@@ -106,6 +112,9 @@ TYPES = {
     "--model.prune.heads_to_prune true": r"prune\.heads_to_prune.*must be int or float or null, not true",
     "--model.lora.high_blocks x": r"lora\.high_blocks.*must be int or null, not x$",
     "--model.backbone.config null": r"option \"config\": takes null only from a configuration file",
+    "--trainer.deterministic maybe": r"trainer\.deterministic\": must be true or false or 'warn' or null, not maybe$",
+    "--zero_shot perhaps": r"zero_shot\": must be true or false, not perhaps$",
+    "--data.batch_size x": r"batch_size\": must be int, not x$",
 }
 
 

@@ -50,7 +50,10 @@ def test_what_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     with monkeypatch.context() as patch:
         patch.setenv("PEFT_LIGHTNING_CACHE", str(tmp_path / "file" / "cache"))
         status, line = fails(["doctor"], capsys)
-        assert status == 1 and f"cache: {tmp_path / 'file'} cannot be written to" in line
+        assert status == 1 and f"cache: {tmp_path / 'file'} cannot be written to (not a directory)" in line
+        patch.setenv("PEFT_LIGHTNING_CACHE", "/proc/cache")  # where the rights alone say that all is well
+        status, line = fails(["doctor"], capsys)
+        assert status == 1 and "cache: /proc cannot be written to" in line
     real = metadata.version
 
     def version(name: str) -> str:

@@ -27,6 +27,12 @@ BAD = {
     "braces": ("a: {b", "is no YAML"),
     "an unknown name": ("a: *b", "is no YAML|collection"),
     "a key twice": ("a: 1\nb: {c: [1], d: {c: 2}, c: 3}\n", "the key 'c' comes twice in a mapping, again in line 2"),
+    "a key, then with a dot": ("a: {b: 1}\na.b: 2\n", "the key 'a' comes twice in a mapping, again in line 2"),
+    "a key with a dot, then without": (
+        "c:\n  a.b.d: 1\n  a.b: {e: 2}\n",
+        "the key 'a.b' comes twice .*, again in line 3",
+    ),
+    "a name beside a dot": ("x: &x {b: 1}\na: *x\na.b: 2\n", "the key 'a' comes twice"),
     "a key that is a list": ("{[1]: 2}", "is no YAML"),
 }
 
@@ -39,6 +45,12 @@ def test_what_is_refused_and_soon(case: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"config = .*x.yaml: .*({message})"):
         read_yaml(tmp_path / "x.yaml")
     assert time.monotonic() - begun < 10
+
+
+def test_dots_are_no_matter_beside_plain_values(tmp_path: Path) -> None:
+    text = "{columns: {answers: a, answers.text: b}, a.b: {c: 1}, a.d: {c: 2}, ab: {c: 3}, x..: 1, ..: 2}"
+    (tmp_path / "x.yaml").write_text(text)
+    assert len(read_yaml(tmp_path / "x.yaml")) == 6
 
 
 def test_a_large_file_a_folder_and_none(tmp_path: Path) -> None:

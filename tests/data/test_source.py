@@ -171,7 +171,9 @@ def test_hub_without_network_is_one_clear_line() -> None:
 
 
 def test_missing_root(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"root is '.*nowhere'; allowed: a folder that exists"):
+    with pytest.raises(
+        UsageError, match=r"root is '.*nowhere'; allowed: a folder that exists; --data.root names another one"
+    ):
         read(root=tmp_path / "nowhere")
 
 

@@ -1,4 +1,4 @@
-"""A Parquet file that would be much in memory is refused before it is, whatever the sums at its end say."""
+"""A file of rows that would be much in memory is refused before it is, whatever the sums at its end say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from peft_lightning.reading import tables
 from peft_lightning.reading.pages import unpacked_bytes
-from peft_lightning.reading.tables import check_parquet
+from peft_lightning.reading.tables import check_parquet, check_separated
 
 COLUMNS: dict[str, Any] = {
     "number": list(range(3000)),
@@ -107,4 +107,30 @@ def test_a_word_that_is_used_often_counts_as_often(tmp_path: Path, monkeypatch: 
     check_parquet(path)
     monkeypatch.setattr(tables, "_LEAST", 1 << 24)
     with pytest.raises(ValueError, match="would be 50,000,000 bytes in memory"):
+        check_parquet(path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", ""])
+@pytest.mark.parametrize("quoted", [True, False])
+def test_columns_are_counted_before_they_are_made(quoted: bool, end: str, tmp_path: Path) -> None:
+    mark, name = (",", '"a, ""b""\n"') if quoted else ("\t", '"a')
+    path = tmp_path / "x"
+    path.write_bytes(f"{end}{mark.join([name] * 10_000)}{end}1{end}".encode())
+    check_separated(path, quoted=quoted)
+    path.write_bytes(f"{end}{mark.join([name] * 10_001)}{end}".encode())
+    with pytest.raises(ValueError, match="has 10,001 columns; allowed: 10,000"):
+        check_separated(path, quoted=quoted)
+
+
+def test_a_name_of_a_column_ends(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text('"' + "a" * 200_000)
+    with pytest.raises(ValueError, match="its names of columns cannot be read"):
+        check_separated(path, quoted=True)
+
+
+def test_a_parquet_file_of_many_columns(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pa.table({str(number): [1] for number in range(10_001)}), path)
+    with pytest.raises(ValueError, match="has 10,001 columns; allowed: 10,000"):
         check_parquet(path)
