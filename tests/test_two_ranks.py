@@ -119,7 +119,7 @@ def test_the_ddp_overlay(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_predictions_of_two_ranks_are_whole_and_in_order(tmp_path: Path) -> None:
     fit_on_two(tmp_path / "run")
-    words = [sys.executable, "-m", "peft_lightning", "predict", "--ckpt_path", str(tmp_path / "run" / "best.ckpt")]
+    words = [sys.executable, "-m", "peft_lightning", "predict", "--ckpt_path", str(tmp_path / "run")]
     finish([*words, "--config", "configs/overlays/ddp.yaml", "--trainer.accelerator", "cpu"])
     lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in lines] == list(range(256))

@@ -117,7 +117,8 @@ class Agreed(Callback):
         if trainer.world_size == 1:
             return
         found: list[tuple[str, str]] = [("", "")] * trainer.world_size
-        dist.all_gather_object(found, (str(self.path), sum_of(self.path)) if self.path else ("none", ""))
+        own = sum_of(self.path) if self.path and Path(self.path).is_file() else ""  # an adapter's folder has none
+        dist.all_gather_object(found, (str(self.path), own) if self.path else ("none", ""))
         first = _told(*found[0])
         for rank, (path, digest) in enumerate(found):
             if digest != found[0][1] or (path == "none") != (found[0][0] == "none"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from peft_lightning.errors import CheckpointError
+from peft_lightning.reading.limits import regular_size
 
 __all__ = ["sum_of", "verify", "write_summed"]
 
@@ -64,8 +65,8 @@ def verify(path: str | Path) -> bool:
         CheckpointError: if they differ, or the file cannot be read.
     """
     try:
+        left = regular_size(Path(path)) - _LENGTH
         with open(path, "rb") as file:
-            left = file.seek(0, 2) - _LENGTH
             file.seek(max(0, left))
             end = file.read()
             if left < 0 or not end.startswith(_MARK):
@@ -76,7 +77,7 @@ def verify(path: str | Path) -> bool:
                 found.update(data)
                 left -= len(data)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     if found.hexdigest().encode() != end[len(_MARK) :]:
         raise CheckpointError(f"{path}: damaged (its SHA-256 is not the one at its end)")
     return True

@@ -1,4 +1,4 @@
-"""Two processes do not train into one folder."""
+"""Two processes do not train into one folder, and those of one job begin with the same file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from peft_lightning.cli.running import Held
+from peft_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from peft_lightning.cli.running import Agreed, Held
 from peft_lightning.errors import UsageError
 from tests.cli.test_bad_input import FIT, fails
 
@@ -67,3 +69,17 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         status, line = fails([*FIT, "--run_dir", str(folder), "--resume", "auto"], capsys)
         assert status == 2 and f"--run_dir = {folder}: another process trains into it" in line
     locked(folder).close()  # nobody has kept it
+
+
+@pytest.mark.parametrize("name", ["one.ckpt", "adapter", None])
+def test_processes_that_found_the_same_agree(name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adapter").mkdir()
+    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "one.ckpt")
+    path = tmp_path / name if name else None
+
+    def gather(found: list[Any], own: Any) -> None:
+        found[:] = [own, own]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    two: Any = SimpleNamespace(world_size=2)
+    Agreed(path).setup(two, two, "test")

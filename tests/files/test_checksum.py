@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from peft_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from peft_lightning.errors import CheckpointError
 from peft_lightning.files.checksum import verify
+from peft_lightning.files.latest import is_whole
 from peft_lightning.files.manifest import read_file
 
 
@@ -75,5 +77,15 @@ def test_files_without_a_sum(tmp_path: Path) -> None:
     torch.save({"a": 1}, tmp_path / "other.ckpt")
     assert not verify(tmp_path / "other.ckpt")
     assert AtomicCheckpointIO().load_checkpoint(tmp_path / "other.ckpt", weights_only=True) == {"a": 1}
-    with pytest.raises(CheckpointError, match="cannot be read .Is a directory"):
-        verify(tmp_path)
+
+
+def test_what_is_no_ordinary_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for path, message in (
+        (tmp_path, "is a folder"),
+        *((tmp_path / n, "is no ordinary file") for n in ("pipe", "zeros")),
+    ):
+        with pytest.raises(CheckpointError, match=f"{path}: cannot be read .{message}"):
+            verify(path)
+        assert not is_whole(path)
