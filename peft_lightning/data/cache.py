@@ -106,6 +106,11 @@ def cached(folder: Path, key: str, build: Callable[[], pa.RecordBatch]) -> Encod
     return build_once(path, lambda path: _read(path, key), lambda file: _write(file, key, build()))
 
 
+def schema_text(schema: pa.Schema) -> str:
+    """Names and types of columns, to be written beside a checksum of their bytes."""
+    return str(schema.remove_metadata())
+
+
 def _views(batch: pa.RecordBatch) -> Encoded:
     import pyarrow as pa
 
@@ -131,7 +136,8 @@ def _checksum(data: Encoded) -> bytes:
 def _write(file: BinaryIO, key: str, batch: pa.RecordBatch) -> None:
     import pyarrow as pa
 
-    schema = batch.schema.with_metadata({"key": key, "checksum": _checksum(_views(batch))})
+    about = {"key": key, "checksum": _checksum(_views(batch)), "schema": schema_text(batch.schema)}
+    schema = batch.schema.with_metadata(about)
     with pa.ipc.new_file(file, schema) as writer:
         writer.write_batch(batch)
 
@@ -147,7 +153,9 @@ def _read(path: Path, key: str) -> Encoded:
     except pa.ArrowException as error:
         raise ValueError(str(error)) from error
     metadata, data = reader.schema.metadata or {}, _views(batch)
-    if metadata.get(b"key") != key.encode() or metadata.get(b"checksum") != _checksum(data):
+    # the checksum is that of the bytes; names and types decide what they are
+    expected = {"key": key.encode(), "checksum": _checksum(data), "schema": schema_text(batch.schema).encode()}
+    if any(metadata.get(name.encode()) != value for name, value in expected.items()):
         raise ValueError("its checksum differs")
     # Of the content: the key also changes with the version of this package.
     data.digest = f"{len(data)} rows, {metadata[b'checksum'].decode()}"

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from peft_lightning.data.cache import cache_key
+from peft_lightning.data.cache import cache_key, schema_text
 from peft_lightning.data.documents import Corpus, Piece
 from peft_lightning.data.lock import build_once
 from peft_lightning.data.vocabulary import Vocabulary
@@ -77,6 +77,8 @@ class Blocks:
         except (pa.ArrowException, IndexError) as error:
             raise ValueError(str(error)) from error
         about = _about(batches.pop()[1] if batches else None, key)
+        if about.get("schema") != schema_text(reader.schema):
+            raise ValueError("its columns are others")
         self.block_size: int = about["block_size"]
         self.documents: int = about["documents"]
         self.unknown: float = about["unknown"]
@@ -152,6 +154,7 @@ def _build(file: BinaryIO, corpus: Corpus, vocabulary: Vocabulary, block_size: i
     number = pa.uint16() if small else pa.int32()
     schema = pa.schema([("input_ids", pa.list_(number, block_size)), ("words", pa.int32())])
     about: dict[str, Any] = {"key": key, "block_size": block_size, "documents": 0, "tokens": 0}
+    about["schema"] = schema_text(schema)
     blocks, unknown = 0, 0
 
     def batch_of(blocks_NS: np.ndarray) -> tuple[pa.RecordBatch, bytes]:

@@ -19,7 +19,7 @@ from peft_lightning.files.strict import check_fingerprint
 from peft_lightning.layers.importance import Importance
 from peft_lightning.reading.json_text import parse_json
 from peft_lightning.reading.limits import read_bytes
-from peft_lightning.reading.seal import check_seal, sealed
+from peft_lightning.reading.seal import sealed, unseal
 
 __all__ = ["importance_of", "plain_importance", "read_importance", "write_importance"]
 
@@ -107,7 +107,7 @@ def read_importance(path: str | Path, backbone: Mapping[str, Any], task: str) ->
     check_fingerprint(recorded, backbone, what)
     importance = importance_of(content, what)
     try:
-        check_seal(content)
+        unseal(content)
     except ValueError as error:
         raise CheckpointError(f"{what}: damaged ({error})") from None
     if content.get("task") not in (None, task):

@@ -22,7 +22,7 @@ from peft_lightning.files.packed import pack, unpack
 from peft_lightning.reading.json_text import parse_json
 from peft_lightning.reading.limits import read_bytes
 from peft_lightning.reading.pickled import read_pickled
-from peft_lightning.reading.seal import check_seal, sealed
+from peft_lightning.reading.seal import sealed, unseal
 
 __all__ = ["FORMAT", "MANIFEST_KEY", "read_file", "write_adapter"]
 
@@ -84,7 +84,7 @@ def _read_adapter(folder: Path) -> dict[str, Any]:
         manifest = parse_json(read_bytes(folder / "manifest.json"))
         if not isinstance(manifest, dict):
             raise ValueError("manifest.json holds no mapping")
-        check_seal(manifest)
+        unseal(manifest)
         payload = read_bytes(tensors)
         if hashlib.sha256(payload).hexdigest() != manifest.get("sha256"):
             raise ValueError("the SHA-256 of adapter.safetensors differs from the manifest's")

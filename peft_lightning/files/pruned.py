@@ -20,7 +20,7 @@ from peft_lightning.errors import CheckpointError, first_line
 from peft_lightning.files.foreign import read_json
 from peft_lightning.layers.plan import PrunePlan
 from peft_lightning.reading.limits import file_inside, regular_size
-from peft_lightning.reading.seal import check_seal, sealed
+from peft_lightning.reading.seal import sealed, unseal
 
 __all__ = ["PrunedRecord", "check_digests", "read_pruned", "write_pruned"]
 
@@ -113,7 +113,7 @@ def read_pruned(folder: Path) -> PrunedRecord:
         raise CheckpointError(f"{path}: damaged (it has no digest of {lacking[0]})")
     plan = PrunePlan.of(content.get("plan"), str(path))
     try:
-        check_seal(content)
+        unseal(content)
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged ({error})") from None
     return PrunedRecord(

@@ -25,7 +25,7 @@ from peft_lightning.atomic import atomic_write
 from peft_lightning.errors import DataError
 from peft_lightning.reading.json_text import parse_json
 from peft_lightning.reading.limits import read_bytes
-from peft_lightning.reading.seal import SEAL, check_seal, sealed
+from peft_lightning.reading.seal import sealed, unseal
 from peft_lightning.study.records import environment
 
 __all__ = ["StudyFolder", "majorities", "read_study", "versions", "write_json"]
@@ -155,8 +155,7 @@ def _read(path: Path) -> Any:
     """
     content = parse_json(read_bytes(path))
     if isinstance(content, dict):
-        check_seal(content)
-        content.pop(SEAL, None)
+        unseal(content)
     return content
 
 

@@ -82,9 +82,20 @@ def test_any_damaged_byte_is_found_or_harmless(tmp_path: Path) -> None:
     cached(tmp_path, "key", batch)
     path = tmp_path / "key.arrow"
     whole = path.read_bytes()
-    for position in range(0, len(whole), 7):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
-        assert rows_of(cached(tmp_path, "key", batch)) == ROWS
+    for position in range(len(whole)):
+        for flipped in (0xFF, 1 << position % 8) if position % 7 == 0 else (1 << position % 8,):
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ flipped]) + whole[position + 1 :])
+            data = cached(tmp_path, "key", batch)
+            assert rows_of(data) == ROWS
+            assert data.scalars["labels"].tolist() == [5, 8, 9] and data.scalars["labels"].dtype == np.int64
+
+
+@pytest.mark.parametrize("name", [b"input_ids", b"labels"])
+def test_a_column_that_lost_its_name_is_built_again(name: bytes, tmp_path: Path) -> None:
+    cached(tmp_path, "key", batch)
+    path = tmp_path / "key.arrow"
+    path.write_bytes(path.read_bytes().replace(name + b"\x00", b"x" + name[1:] + b"\x00"))
+    assert rows_of(cached(tmp_path, "key", batch)) == ROWS
 
 
 def test_file_of_another_key_is_not_trusted(tmp_path: Path) -> None:
