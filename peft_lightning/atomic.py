@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from peft_lightning.errors import UsageError
 
-__all__ = ["atomic_write", "atomic_write_together", "fresh_folder"]
+__all__ = ["atomic_write", "atomic_write_together", "fresh_folder", "lock_file"]
 
 _LAST = ("adapter_config.json", "manifest.json")
 _STALE = 24 * 3600  # seconds
@@ -71,6 +71,21 @@ def atomic_write_together(folder: str | Path, contents: Mapping[str, bytes]) -> 
             temporary.unlink(missing_ok=True)
         raise
     _flush_folder(folder)
+
+
+def lock_file(path: str | Path) -> BinaryIO:
+    """Open a file, made if needed, that is only locked: in a folder of someone else's it may be anything.
+
+    A link is not followed, and a pipe does not keep whoever opens it.
+
+    Args:
+        path: of the file; its folder is there.
+
+    Raises:
+        OSError: it cannot be made, or it is a link or a folder.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import BinaryIO
 
 import pytest
 
-from peft_lightning.atomic import atomic_write, atomic_write_together, fresh_folder
+from peft_lightning.atomic import atomic_write, atomic_write_together, fresh_folder, lock_file
 from peft_lightning.errors import UsageError
 
 
@@ -182,3 +183,20 @@ def test_two_writers_of_one_empty_folder(tmp_path: Path) -> None:
         with fresh_folder(tmp_path) as quick:
             (quick / "file").write_text("quick")
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "quick"
+
+
+def test_a_lock_in_a_strange_folder(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("x")
+    (tmp_path / "link").symlink_to(precious)
+    (tmp_path / "dangling").symlink_to(tmp_path / "new")
+    for name in ("link", "dangling", "."):
+        with pytest.raises(OSError):
+            lock_file(tmp_path / name)
+    assert precious.read_text() == "x" and not (tmp_path / "new").exists()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "file", "file"):  # none of them waits
+        with lock_file(tmp_path / name) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with lock_file(tmp_path / name) as other, pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)

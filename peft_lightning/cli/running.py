@@ -14,7 +14,7 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
-from peft_lightning.atomic import atomic_write
+from peft_lightning.atomic import atomic_write, lock_file
 from peft_lightning.callbacks.stopping import StayStopped
 from peft_lightning.errors import UsageError
 from peft_lightning.files.checksum import sum_of
@@ -71,7 +71,7 @@ class Held(Callback):
         """
         patience = self.patience if patience is None else patience
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = file = self.path.open("ab")
+        self._file = file = lock_file(self.path)
         self._all.append(self)
         until, said = time.monotonic() + patience, False
         while _is_taken(file):

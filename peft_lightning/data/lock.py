@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from peft_lightning.atomic import atomic_write
+from peft_lightning.atomic import atomic_write, lock_file
 from peft_lightning.errors import DataError
 
 _T = TypeVar("_T")
@@ -61,7 +61,7 @@ def _held(path: Path) -> Iterator[bool]:
     Some file systems of clusters know no locks. There, each process builds; since files appear whole, they are right
     all the same.
     """
-    with path.with_name(f"{path.name}.lock").open("w") as file:
+    with lock_file(path.with_name(f"{path.name}.lock")) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             locked = True

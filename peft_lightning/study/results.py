@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from peft_lightning import __version__
-from peft_lightning.atomic import atomic_write
+from peft_lightning.atomic import atomic_write, lock_file
 from peft_lightning.errors import DataError
 from peft_lightning.reading.json_text import parse_json
 from peft_lightning.reading.limits import read_bytes
@@ -81,7 +81,7 @@ class StudyFolder:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / ".lock").open("w")
+            file = lock_file(self.folder / ".lock")
         except OSError as error:
             raise DataError(f"output = {self.folder}: cannot be written ({error})") from error
         with file:
