@@ -62,11 +62,11 @@ class Source:
 
         try:
             rows = self.read()
+            there = [*(rows[0] if rows else ())] if isinstance(rows, list) else rows.column_names  # may be no texts
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{self.name}: cannot be read: {first_line(error)}") from error
         if not len(rows):
             raise DataError(f"{self.name}: has no rows; allowed: at least one")
-        there = list(rows[0]) if isinstance(rows, list) else rows.column_names
         names = {column: column if column in there else (also or {}).get(column, column) for column in columns}
         found = tuple(dict.fromkeys(name if name in there else name.partition(".")[0] for name in names.values()))
         if missing := [column for column, name in names.items() if not {name, name.partition(".")[0]} & set(there)]:
