@@ -265,4 +265,4 @@ def test_columns_by_other_names() -> None:
 def test_a_name_of_a_column_that_is_no_text(suffix: str, tmp_path: Path) -> None:
     (tmp_path / f"train{suffix}").write_bytes(b"a\xff\n1\n")
     with pytest.raises(DataError, match="cannot be read: .*utf-8"):
-        next(open_source(Task(name="mine"), "train", None, str(tmp_path)).slices(("a",), 1))
+        next(open_source(Task(name="mine", labels=("x", "y")), "train", None, str(tmp_path)).slices(("a",), 1))
