@@ -52,7 +52,7 @@ def _record(tiny: bool, environment: dict[str, Any]) -> RunRecord:
     paper_shape, shape, turns, rows = "bert-base", "minilm", 2 if tiny else 20, 2 if tiny else 8
     paper_rows = 2 if tiny else 32
     started = time.perf_counter()
-    loads = {name: asdict(load_of(build_arm(name, paper_shape, tiny, paper_rows))) for name in ARMS}
+    loads = {name: asdict(load_of(build_arm(name, paper_shape, tiny, 1), paper_rows)) for name in ARMS}
     found = _measure(shape, tiny, turns, rows)
     return RunRecord(
         name="scaling",
@@ -69,6 +69,7 @@ def _record(tiny: bool, environment: dict[str, Any]) -> RunRecord:
             "bytes": found["bytes"],
             "counted": found["counted"],
             "parts": found["parts"],
+            "summed_in": found["summed_in"],
         },
         data={"steps": "random tokens"},
         model={"paper": "tiny" if tiny else paper_shape, "measured": "tiny" if tiny else shape},

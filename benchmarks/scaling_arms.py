@@ -1,19 +1,19 @@
 """What the scaling benchmark counts and times: every method built, its batch, and the loss of a step.
 
-Operations are those of a BERT's products: a forward pass, as many for the gradients of what flows through, and as many
-again for the gradients of the weights where these train.
+Operations are those of all products of a step, forward and backward, as torch counts them while it computes.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.pretrain_arms import Setting, token_batch
 from benchmarks.prune_models import encoder, timed_module
@@ -32,14 +32,11 @@ from peft_lightning import (
     SparseAdapterModule,
 )
 from peft_lightning.files.manifest import write_adapter
-from peft_lightning.functional.flops import EncoderShape, forward_flops
 from peft_lightning.module import MethodModule
 from peft_lightning.task_module import TaskModule
 
 __all__ = ["ARMS", "Arm", "build_arm", "load_of"]
 
-# what trains -> passes of products in a step, over one forward pass
-_ALL, _PART = 3.0, 2.0
 ARMS = (
     *("FineTune", "FineTune-fsdp2", "SparseAdapter", "PruneLoRA", "MerA", "Fusion"),
     *("SCTDPretrain", "SCTDPretrain-fsdp2"),
@@ -121,25 +118,23 @@ def _sources(folder: Path, model: BackboneConfig) -> Iterator[str]:
         yield str(folder / str(number))
 
 
-def load_of(arm: Arm) -> Load:
-    """What a step of an arm computes on a rank, and what is summed over ranks."""
-    module: Any = arm.module
-    config: Any = (module.model if isinstance(module, SCTDPretrainModule) else module.backbone).config
-    shape = EncoderShape(
-        layers=config.num_hidden_layers,
-        width=config.hidden_size,
-        intermediate=config.intermediate_size,
-        vocabulary=config.vocab_size,
+def load_of(arm: Arm, rows: int) -> Load:
+    """What a step of an arm on ``rows`` texts or blocks computes on a rank, and what is summed over ranks.
+
+    The arm may be of fewer rows: operations grow with them, and those of the head's few products do too.
+    """
+    with FlopCounterMode(display=False) as counter:
+        arm.loss().backward()
+    arm.module.zero_grad()
+    parameters: list[Tensor] = list(arm.module.trainable_parameters().values())
+    if arm.sharded:  # FSDP gathers each block, and the rest together
+        module: Any = arm.module
+        parts = len(list(module.sharded_blocks())) + 1
+    else:  # gradients are there from the last layer on; DDP's first bucket is a small one, so that sending begins early
+        parts = len(dist._compute_bucket_assignment_by_size(parameters[::-1], [_FIRST_BUCKET, _BUCKET])[0])
+    return Load(
+        flops=counter.get_total_flops() * rows / arm.rows,
+        bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        passes=3 if arm.sharded else 2,
+        parts=parts,
     )
-    if isinstance(module, SCTDPretrainModule):
-        targets = round(0.15 * arm.tokens)
-        forward = forward_flops(shape, arm.tokens, targets, arm.tokens // 2, full=False)
-    else:  # a head of one position, whose words cost nothing
-        head = 2 * (shape.width + shape.vocabulary) * shape.width
-        forward = forward_flops(shape, arm.tokens, 1, sparse_last=False) - head
-    passes = _ALL if hasattr(module, "sharded_blocks") else _PART
-    size = sum(p.numel() * p.element_size() for p in module.trainable_parameters().values())
-    # DDP's first bucket is a small one, so that sending begins early; FSDP gathers each block, and the rest together
-    buckets = 1 + math.ceil(max(0, size - _FIRST_BUCKET) / _BUCKET)
-    parts = len(list(module.sharded_blocks())) + 1 if arm.sharded else buckets
-    return Load(flops=passes * arm.rows * forward, bytes=size, passes=3 if arm.sharded else 2, parts=parts)

@@ -45,9 +45,9 @@ class _Step(nn.Module):
 
 
 def _ways(name: str, shape: str, tiny: bool, rows: int, sent: list[int]) -> dict[str, Callable[[], None]]:
-    """The steps of an arm by name; ``sent`` gets the bytes that each bucket of DDP sums."""
+    """The steps of an arm by name; ``sent`` gets the bytes of each bucket that DDP sums."""
     alone, arm = (build_arm(name, shape, tiny, rows) for _ in range(2))
-    size, run = load_of(alone).bytes, arm.loss
+    size, run = sum(p.numel() * p.element_size() for p in alone.module.trainable_parameters().values()), arm.loss
     if arm.sharded:
         whole = shard(arm.module, init_device_mesh("cpu", (dist.get_world_size(),)))
 
@@ -86,12 +86,13 @@ def _ways(name: str, shape: str, tiny: bool, rows: int, sent: list[int]) -> dict
 
 def measure(shape: str, tiny: bool, turns: int, rows: int) -> dict[str, Any]:
     """Seconds of every way of every arm, one entry a turn; bytes on paper, and those that DDP has summed."""
-    found: dict[str, Any] = {"series": {}, "bytes": {}, "counted": {}, "parts": {}}
+    found: dict[str, Any] = {name: {} for name in ("series", "bytes", "counted", "parts", "summed_in")}
     for name in ARMS:
         sent: list[int] = []
         ways = _ways(name, shape, tiny, rows, sent)
         series: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(_WARM + turns):
+            sent.clear()
             for way, call in ways.items():
                 dist.barrier()
                 started = time.perf_counter()
@@ -100,9 +101,9 @@ def measure(shape: str, tiny: bool, turns: int, rows: int) -> dict[str, Any]:
                 if turn >= _WARM:
                     series[way].append(time.perf_counter() - started)
         found["series"] |= {f"{name}/{way}": seconds for way, seconds in series.items()}
-        if sent:
-            found["counted"][name] = sum(sent) // (_WARM + turns)
-        load = load_of(build_arm(name, shape, tiny, rows))
+        if sent:  # in the last turn: DDP cuts its buckets anew after the first
+            found["counted"][name], found["summed_in"][name] = sum(sent), len(sent)
+        load = load_of(build_arm(name, shape, tiny, 1), rows)
         found["bytes"][name], found["parts"][name] = load.bytes, load.parts
     latency = torch.zeros(1)
     found["series"]["latency"] = [_seconds(lambda: dist.all_reduce(latency)) for _ in range(10 * turns)]

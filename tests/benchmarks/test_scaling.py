@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,7 @@ def test_tiny(tmp_path: Path, cache_dir: Path) -> None:
         assert f"| {median(a / b for a, b in zip(ways['together'], paper, strict=True)):.3f} |" in text
         if "fsdp2" not in name:  # DDP has summed the bytes that stand on paper
             assert record.config["counted"][name] == record.config["bytes"][name] > 0
+            assert record.config["summed_in"][name] == record.config["parts"][name] > 0
     assert all(machine.title in text for machine in MACHINES.values())
     assert RANKS[0] == 1 and RANKS[-1] == 256 and "steps/s on 256" in text
 
@@ -43,14 +45,26 @@ def test_what_is_summed_and_computed() -> None:
     embeddings = (40 + 512 + 2) * D + 2 * D
     head = D * D + D + 2 * D + 2
     arm = build_arm("FineTune", "minilm", True, 2)
-    load = load_of(arm)
+    load = load_of(arm, 2)
     assert load.bytes == 4 * (embeddings + 2 * layer + head)
     products = 2 * S * (4 * D * D + 2 * D * F) + 4 * S * S * D
-    assert load.flops == 3 * 2 * 2 * products and load.passes == 2
-    sharded = load_of(build_arm("FineTune-fsdp2", "minilm", True, 2))
+    assert load.flops == 3 * 2 * (2 * products + 2 * (D * D + 2 * D)) and load.passes == 2  # two layers, pooler, head
+    assert load_of(build_arm("FineTune", "minilm", True, 1), 2).flops == load.flops
+    sharded = load_of(build_arm("FineTune-fsdp2", "minilm", True, 2), 2)
     assert (sharded.passes, sharded.parts, load.parts) == (3, 3, 1)
-    sparse = load_of(build_arm("SparseAdapter", "minilm", True, 2))
-    assert sparse.flops == 2 * 2 * 2 * products and sparse.bytes < load.bytes
+    sparse = load_of(build_arm("SparseAdapter", "minilm", True, 2), 2)
+    arm_module: Any = build_arm("SparseAdapter", "minilm", True, 2).module
+    bottleneck = arm_module.adapter.bottleneck
+    one = 2 * S * D * bottleneck
+    own = 3 * 4 * 2 * one - one  # four adapters of two matrices; below the first there is nothing to learn
+    scores = 4 * S * S * D
+    backbone = 2 * 2 * products - (2 * S * 4 * D * D + scores)  # the attention below the first adapter: forward only
+    backbone += scores  # that of the second layer has two products for each of its own backwards
+    assert sparse.flops == 2 * (own + backbone + 3 * 2 * (D * D + 2 * D))
+    assert sparse.bytes < load.bytes
+    fusion = load_of(build_arm("Fusion", "minilm", True, 2), 2)
+    queries, keys = 2 * 2 * S * D * D, 2 * 2 * 2 * 2 * S * D * D  # of two layers; keys and values of two sources
+    assert fusion.flops > 2 * (3 * (queries + keys) + 2 * products)
 
 
 def test_a_step_by_hand() -> None:
