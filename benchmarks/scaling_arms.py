@@ -131,7 +131,8 @@ def load_of(arm: Arm, rows: int) -> Load:
         module: Any = arm.module
         parts = len(list(module.sharded_blocks())) + 1
     else:  # gradients are there from the last layer on; DDP's first bucket is a small one, so that sending begins early
-        parts = len(dist._compute_bucket_assignment_by_size(parameters[::-1], [_FIRST_BUCKET, _BUCKET])[0])
+        sizes = [_FIRST_BUCKET, _BUCKET]
+        parts = len(dist._compute_bucket_assignment_by_size(parameters[::-1], sizes)[0])  # type: ignore[attr-defined]
     return Load(
         flops=counter.get_total_flops() * rows / arm.rows,
         bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),

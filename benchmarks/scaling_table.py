@@ -102,7 +102,7 @@ def _context(record: RunRecord) -> str:
         f"Measured: a {config['shape']}, {config['rows']} rows of each process, one thread each, over gloo; "
         f"medians of {config['turns']} turns, ratios turn by turn. Efficiency: a step alone over a step with the other "
         "process; of sending alone: two steps at once that send nothing over two that do. On paper the measured step "
-        "is the one beside another, the time that its bytes take to be summed, and "
+        "is the one beside another, the time that its bytes take to be summed (half as long again under fsdp2), and "
         f"{1000 * record.results['latency']:.2f} ms for each part after the first. "
         f"{environment['device']['name']}; torch {environment['versions']['torch']}; "
         f"commit {str(environment['commit'])[:12]}{changes}."
