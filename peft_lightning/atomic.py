@@ -167,8 +167,10 @@ def _written(path: Path, write: Callable[[BinaryIO], object]) -> Path:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:  # of the file that everybody knows
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     return temporary
 

@@ -142,13 +142,17 @@ class MethodModule(L.LightningModule, ABC):
         """Train in training mode, also what ``load`` gave in evaluation mode, and give the loader its position back.
 
         Lightning restores it while it makes the loader, but the optimiser needs to know the number of steps, so the
-        loader is made before the loops are restored.
+        loader is made before the loops are restored. And not between two epochs, where the loader must see that the
+        data are the same all the same.
         """
         if not self.training:  # Lightning keeps the mode that it finds
             self.train()
         self._totals, self._weights = [], []  # a fit that was interrupted may have left some
         self.guard.begin()
-        self.trainer.fit_loop._load_combined_loader_states()
+        loop = self.trainer.fit_loop
+        if loop._combined_loader is not None and (states := loop._combined_loader_states_to_load):
+            loop._combined_loader._load_state_dicts(states)
+            loop._combined_loader_states_to_load = []
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make dropout a function of (seed, epoch, batch, rank), so that a resumed run repeats it."""

@@ -12,6 +12,7 @@ signal was answered, but what the answer waits for does not come (:func:`end_if_
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 __all__ = ["SIGNALS", "Terminated", "end_if_overdue", "ends_on_signals", "take_over"]
@@ -27,6 +29,7 @@ __all__ = ["SIGNALS", "Terminated", "end_if_overdue", "ends_on_signals", "take_o
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _SOON = 2.0
 _LOOK = 0.2  # seconds
+_NOTICE = 4.0
 
 
 class _Watch:
@@ -35,6 +38,7 @@ class _Watch:
     def __init__(self) -> None:
         self.patience = _SOON
         self.last: Callable[[], object] = lambda: None
+        self.waits: Callable[[], bool | None] = lambda: True
         self._answers: dict[int, float] = {}
         self._heard, self._told = socket.socketpair()
         self._told.setblocking(False)
@@ -55,24 +59,36 @@ class _Watch:
     def _listen(self) -> None:
         while numbers := self._heard.recv(64):
             for number in {*numbers} & {*SIGNALS, signal.SIGINT}:
-                timer = threading.Timer(self.patience, self._end, (number, time.monotonic(), self.patience))
-                timer.daemon = True
-                timer.start()
+                why = "not answered within {:g} s, in a library that waits, as for another process"
+                _end_later(number, partial(self._unanswered, number, time.monotonic()), self.patience, self.last, why)
         self._heard.close()
 
-    def _end(self, number: int, heard: float, waited: float) -> None:
+    def _unanswered(self, number: int, heard: float) -> bool | None:
         # the answer may be a little older than what this thread has heard
         if self._closed or self._answers.get(number, -math.inf) > heard - 1:
-            return
-        why = f"not answered within {waited:g} s, in a library that waits, as for another process"
-        _end_here(number, why, self.last)
+            return None
+        return self.waits() is not False
 
 
-def _end_here(number: int, why: str, last: Callable[[], object]) -> None:
-    """End the process from a thread, where its main thread does not."""
-    last()
-    os.write(2, f"\nstopped by {signal.Signals(number).name}: {why}; what is saved stays\n".encode())
-    os._exit(128 + number)
+def _end_later(
+    number: int, waits: Callable[[], bool | None], patience: float, last: Callable[[], object], why: str
+) -> None:
+    """End the process from a thread, where its main thread does not, after ``patience`` seconds of waiting."""
+    patience *= _NOTICE if number == signal.SIGUSR1 else 1
+
+    def look() -> None:
+        until = time.monotonic() + patience
+        while (waiting := waits()) is not None:
+            if not waiting:
+                until = time.monotonic() + patience
+            elif time.monotonic() > until:
+                last()
+                said = f"\nstopped by {signal.Signals(number).name}: {why.format(patience)}; what is saved stays\n"
+                os.write(2, said.encode())
+                os._exit(128 + number)
+            time.sleep(_LOOK)
+
+    threading.Thread(target=look, name="overdue", daemon=True).start()
 
 
 _watch: _Watch | None = None
@@ -96,12 +112,26 @@ class Terminated(SystemExit):
         self.number = number
         Terminated.on_its_way = True
 
+    @staticmethod
+    def end_children() -> None:
+        """End the processes that read batches: one that is stopped or hangs would be waited for without an end."""
+        children = multiprocessing.active_children()
+        in_main = threading.current_thread() is threading.main_thread()
+        # torch's would say that they were killed
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if children and in_main else None
+        for child in children:
+            child.kill()
+            child.join(_SOON)
+        if before is not None:
+            signal.signal(signal.SIGCHLD, before)
+
 
 def take_over(
     signals: tuple[signal.Signals, ...],
     react: Callable[[int], object],
     patience: float = _SOON,
     last: Callable[[], object] = lambda: None,
+    waits: Callable[[], bool | None] = lambda: True,
 ) -> dict[signal.Signals, Any]:
     """Have ``react`` called with the number of each signal that comes.
 
@@ -112,6 +142,7 @@ def take_over(
         react: called in the main thread.
         patience: seconds after which, within :func:`ends_on_signals`, the process is ended if that is not possible.
         last: called before that, in another thread.
+        waits: false while the time does not run, as in :func:`end_if_overdue`.
 
     Returns:
         What handled the signals before; nothing outside the main thread, where Python refuses.
@@ -128,7 +159,7 @@ def take_over(
         react(number)
 
     if _watch is not None:
-        _watch.patience, _watch.last = patience, last
+        _watch.patience, _watch.last, _watch.waits = patience, last, waits
     return {number: signal.signal(number, handle) for number in signals}
 
 
@@ -141,20 +172,12 @@ def end_if_overdue(
         number: of the signal.
         waits: true while the time runs; false while it does not, such as while a file is written; None once there is
             nothing to wait for.
-        patience: seconds, which begin again whenever ``waits`` was false.
+        patience: seconds, which begin again whenever ``waits`` was false; SIGUSR1, which comes long before the end,
+            gets four times as many.
         last: called before the process ends.
     """
 
-    def look() -> None:
-        until = time.monotonic() + patience
-        while (waiting := waits()) is not None:
-            if not waiting:
-                until = time.monotonic() + patience
-            elif time.monotonic() > until:
-                _end_here(number, f"no step has ended within {patience:g} s, after which it could be saved", last)
-            time.sleep(_LOOK)
-
-    threading.Thread(target=look, name="overdue", daemon=True).start()
+    _end_later(number, waits, patience, last, "no step has ended within {:g} s, after which it could be saved")
 
 
 @contextmanager
@@ -178,6 +201,9 @@ def ends_on_signals(left: str = "nothing was trained that could be lost") -> Ite
     _watch = _watch or watch
     try:
         yield
+    except Terminated:
+        Terminated.end_children()
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

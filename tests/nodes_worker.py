@@ -29,16 +29,18 @@ class Die(L.Callback):
         step: after which optimizer step; 0: never.
         folder: where to write it.
         number: of the signal.
+        agent: whether the process that started this one gets it.
     """
 
-    def __init__(self, rank: int, step: int, folder: str, number: int = signal.SIGKILL) -> None:
+    def __init__(self, rank: int, step: int, folder: str, number: int = signal.SIGKILL, agent: bool = False) -> None:
         self.rank, self.step, self.folder, self.number = rank, step, Path(folder), number
+        self.agent = agent
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:
         first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if first and trainer.global_rank == self.rank and trainer.global_step == self.step:
             (self.folder / "killed").write_text(str(time.time()))
-            os.kill(os.getpid(), self.number)
+            os.kill(os.getppid() if self.agent else os.getpid(), self.number)
 
 
 def fill(folder: Path) -> None:

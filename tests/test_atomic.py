@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -200,3 +201,14 @@ def test_a_lock_in_a_strange_folder(tmp_path: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with lock_file(tmp_path / name) as other, pytest.raises(BlockingIOError):
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_an_error_names_the_file(tmp_path: Path) -> None:
+    """And not the temporary one, of which nobody knows."""
+
+    def full(file: BinaryIO) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'x'}'$"):
+        atomic_write(tmp_path / "x", full)
+    assert not list(tmp_path.iterdir())

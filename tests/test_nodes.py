@@ -30,6 +30,7 @@ from tests.two_ranks_worker import runs
 pytestmark = [pytest.mark.xdist_group("nodes"), pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+HEEDED = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # as configs/cluster has it
 # 12 steps, a checkpoint after every fourth
 FEW = ["--trainer.limit_train_batches=12", "--trainer.max_epochs=1", "--save_every_n_steps=4"]
 
@@ -52,10 +53,12 @@ def fit_words(folder: Path, ranks: int, nodes: int, die: tuple[int, int], number
     return [*words, f"--trainer.callbacks.number={int(number)}"]
 
 
-def on_one_node(folder: Path, *, restarts: int = 0, die: tuple[int, int] = (0, 0), number: int = signal.SIGKILL) -> Any:
+def on_one_node(
+    folder: Path, *more: str, restarts: int = 0, die: tuple[int, int] = (0, 0), number: int = signal.SIGKILL
+) -> Any:
     """The toy run on two processes."""
-    start = [*TORCHRUN, "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}", "-m", "peft_lightning"]
-    words = [*start, "fit", *fit_words(folder, 2, 1, die, number)]
+    start = [*TORCHRUN, "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}", HEEDED]
+    words = [*start, "-m", "peft_lightning", "fit", *fit_words(folder, 2, 1, die, number), *more]
     return subprocess.run(words, capture_output=True, text=True, timeout=280, cwd=ROOT, env=ENVIRONMENT)
 
 
@@ -129,6 +132,20 @@ def test_a_signal_to_one_process_ends_all_with_what_is_saved(number: int, tmp_pa
     assert_same_end(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_to_torchrun_ends_all_for_good(number: int, tmp_path: Path, whole: Path) -> None:
+    """Restarts are for what fails."""
+    assert HEEDED in (ROOT / "configs" / "cluster" / "torchrun.sh").read_text()
+    done = on_one_node(tmp_path / "run", "--trainer.callbacks.agent=true", restarts=2, die=(1, 6), number=number)
+    assert done.returncode != 0
+    assert time.time() - float((tmp_path / "run" / "killed").read_text()) < 30
+    assert f"stopped by {signal.Signals(number).name} after step" in done.stderr, done.stderr
+    assert 6 <= end_of(tmp_path / "run")["global_step"] < 12
+    done = on_one_node(tmp_path / "run", die=(0, 0))
+    assert done.returncode == 0, done.stderr
+    assert_same_end(tmp_path / "run", whole)
+
+
 def test_restarts_that_would_wait_for_ever_are_refused() -> None:
     shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
     with pytest.raises(UsageError, match=r"--max-restarts = 3: .*set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
@@ -146,7 +163,9 @@ def test_processes_that_nobody_would_start_are_refused(monkeypatch: pytest.Monke
     nodes = L.Trainer(num_nodes=2, devices=1, strategy="ddp", **common)
     with pytest.raises(UsageError, match=r"num_nodes = 2: nothing here starts the other nodes; use torchrun"):
         check_processes(nodes, {})
-    check_processes(nodes, {"NODE_RANK": "0"})
+    with pytest.raises(UsageError, match=r"num_nodes = 2: .*or set NODE_RANK, MASTER_ADDR and MASTER_PORT"):
+        check_processes(nodes, {"NODE_RANK": "0", "MASTER_ADDR": "a"})
+    check_processes(nodes, {"NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
     with pytest.raises(UsageError, match=r"LOCAL_RANK = 1 .* the 2 processes .*no MASTER_PORT"):
         check_processes(local, {"LOCAL_RANK": "1"})
     check_processes(local, {"LOCAL_RANK": "1", "MASTER_PORT": "1"})

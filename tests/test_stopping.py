@@ -68,7 +68,7 @@ def test_elsewhere_than_in_the_main_thread_nothing_is_touched() -> None:
 
 
 WAITING = """
-import os, signal, sys, threading
+import os, signal, sys, threading, time
 from datetime import timedelta
 from torch.distributed import TCPStore
 from peft_lightning.stopping import ends_on_signals, take_over
@@ -82,6 +82,9 @@ def wait():
 with ends_on_signals():
     if sys.argv[2] == "in training":
         take_over((signal.SIGTERM, signal.SIGINT), print, patience=4)
+    if sys.argv[2] == "while it writes":
+        done = time.monotonic() + 4
+        take_over((signal.SIGTERM,), print, patience=2, waits=lambda: time.monotonic() > done)
     if sys.argv[2] == "a child's":
         child = os.fork()
         if not child:
@@ -94,15 +97,22 @@ with ends_on_signals():
 
 
 @pytest.mark.parametrize(
-    ("number", "where", "seconds"), [(15, "before", 2), (2, "before", 2), (10, "before", 2), (15, "in training", 4)]
+    ("number", "where", "said", "seconds"),
+    [
+        (15, "before", 2, 2),
+        (2, "before", 2, 2),
+        (10, "before", 8, 8),
+        (15, "in training", 4, 4),
+        (15, "while it writes", 2, 6),
+    ],
 )
-def test_a_process_that_waits_in_a_library_ends(number: int, where: str, seconds: float) -> None:
+def test_a_process_that_waits_in_a_library_ends(number: int, where: str, said: int, seconds: float) -> None:
     begun = time.monotonic()
     words = [sys.executable, "-c", WAITING, str(number), where]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 128 + number
     assert done.stderr.splitlines()[1:] == [
-        f"stopped by {signal.Signals(number).name}: not answered within {seconds} s, in a library that waits, as for "
+        f"stopped by {signal.Signals(number).name}: not answered within {said} s, in a library that waits, as for "
         "another process; what is saved stays"
     ]
     assert seconds < time.monotonic() - begun < 40

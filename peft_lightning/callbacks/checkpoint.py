@@ -7,7 +7,8 @@ are those between two optimizer steps: one that is saved within an accumulation 
 SIGTERM, SLURM's SIGUSR1 and Ctrl-C wait for the next such moment, save and end the process; a second Ctrl-C ends it at
 once. What may take long does not make them wait: before a validation the state is saved, so that it can be left; and
 within a long accumulation they are looked for as well. Where no such moment comes, since a step waits for something
-that has died or hangs, SIGTERM ends the process all the same before clusters would; SIGUSR1 comes long before that.
+that has died or hangs, the process ends all the same: on SIGTERM before clusters would end it, on SIGUSR1, which gives
+notice, after four times as long. A file that is being written is waited for.
 """
 
 from __future__ import annotations
@@ -133,8 +134,10 @@ class RunCheckpoint(Checkpoint):
         self._metrics, self._restored = dict(metrics), None
         if restored.get("validation_due"):
             trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
-        self._signal, self._boundary, self._saved_step, self._over = None, None, -1, False
-        take_over((*SIGNALS, signal.SIGINT), self._remember_signal, _PATIENCE, self._kill_further)
+        self._signal, self._boundary, self._over = None, None, False
+        # a run that has come to its end, and is started again, leaves its checkpoint as it is
+        self._saved_step = trainer.global_step if trainer.ckpt_path == str(self.folder / LAST) else -1
+        take_over((*SIGNALS, signal.SIGINT), self._remember_signal, _PATIENCE, self._kill_further, self._waits)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -199,6 +202,7 @@ class RunCheckpoint(Checkpoint):
         self._over = True
         if isinstance(exception, Terminated):
             self._kill_further(exception.number)
+            Terminated.end_children()
 
     def _is_better(self, score: float) -> bool:
         if self.best_score is None:
@@ -233,9 +237,10 @@ class RunCheckpoint(Checkpoint):
         self._writing = True
         try:
             trainer.strategy.save_checkpoint(content, self.folder / name)
+            self._writing = not trainer.is_global_zero  # the other processes wait for the first one, which writes
+            trainer.strategy.barrier("RunCheckpoint")
         finally:
             self._writing = False
-        trainer.strategy.barrier("RunCheckpoint")
 
     def _count_rows(self, trainer: L.Trainer) -> None:
         for log in self._logs(trainer):
@@ -249,7 +254,7 @@ class RunCheckpoint(Checkpoint):
         self._signal, self._signalled = number, time.monotonic()
         if self._may_leave and self._trainer is not None:
             self._leave(self._trainer)
-        if number == signal.SIGTERM:
+        if number in SIGNALS:
             end_if_overdue(number, self._waits, _PATIENCE, self._kill_further)
         again = "; once more ends it at once" if number == signal.SIGINT else ""
         os.write(2, f"\n{signal.Signals(number).name}: ends after this optimizer step and saves{again}\n".encode())

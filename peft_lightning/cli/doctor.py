@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -134,19 +135,22 @@ def _flash(gpu: bool) -> tuple[str, str]:
 def _folders(data_root: str | None) -> Iterator[_Line]:
     from peft_lightning.data.cache import cache_folder
 
-    hub = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    hub = "HF_HUB_CACHE" if os.environ.get("HF_HUB_CACHE") else "HF_HOME"
     for about, folder, how in (
-        ("cache", cache_folder(None), "$PEFT_LIGHTNING_CACHE or --data.cache_dir"),
-        ("hub's cache", hub, "$HF_HOME"),
-        ("working folder", Path.cwd(), "--run_dir"),
+        ("cache", lambda: cache_folder(None), "$PEFT_LIGHTNING_CACHE or --data.cache_dir"),
+        ("hub's cache", lambda: Path(os.environ.get(hub) or "~/.cache/huggingface").expanduser(), f"${hub}"),
+        ("working folder", Path.cwd, "--run_dir"),
     ):
-        yield (about, *_writable(folder, how))
+        try:
+            yield (about, *_writable(folder(), how))
+        except (OSError, RuntimeError) as error:  # it is gone, its links lead in a circle, nobody has such a home
+            yield about, "cannot be looked at", f"{str(error)[:200]}; name another folder by {how}"
     given = data_root or os.environ.get("PEFT_LIGHTNING_DATA")
     if given is None:
         yield "data", "none given (--data_root, $PEFT_LIGHTNING_DATA); the toy tasks and the hub need none", ""
-    elif not Path(given).is_dir():
+    elif not os.path.isdir(given):
         file = "is a file; give the folder that holds those of the tasks"
-        yield "data", given, file if Path(given).exists() else "there is no such folder; give another one"
+        yield "data", given, file if os.path.exists(given) else "there is no such folder; give another one"
     else:
         tasks = sorted(path.name for path in Path(given).iterdir() if path.is_dir())
         yield "data", f"{given}: {len(tasks)} folders", "" if tasks else "it holds no folder of a task"
@@ -154,6 +158,8 @@ def _folders(data_root: str | None) -> Iterator[_Line]:
 
 def _writable(folder: Path, how: str) -> tuple[str, str]:
     """The folder with its free space, or the nearest one above it that there is."""
+    with suppress(FileNotFoundError, NotADirectoryError):  # that it is too long a name, say, is no reason to go up
+        folder.stat()
     there = next(path for path in (folder, *folder.resolve().parents) if os.path.exists(path))
     free = shutil.disk_usage(there).free
     what = f"{folder}, {free / 2**30:.1f} GiB free"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,7 @@ from peft_lightning.errors import UsageError
 
 __all__ = ["check_launcher", "check_options", "check_processes", "lost_peer"]
 
+_DEVICES = r"auto|-1|0*[1-9]\d*|\[?\d+\]|\d+,|\[?\d+(, ?\d+)+\]?"
 _STRATEGIES = "auto|ddp|ddp_find_unused_parameters_(true|false)|fsdp2"
 # What gloo, NCCL and their store say when the other end of a connection is gone.
 _GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe", "recvValue")
@@ -56,13 +58,15 @@ def check_options(options: Any) -> None:
     ):
         if isinstance(value, int) and value < 1:
             raise UsageError(f"--{name} = {value}: must be at least 1")
-    if re.fullmatch(r"0|-0*([2-9]|1\d).*", str(trainer.devices)):
-        raise UsageError(f"--trainer.devices = {trainer.devices}: must be auto, -1 for all, or a number from 1")
+    if not re.fullmatch(_DEVICES, str(trainer.devices)):
+        raise UsageError(
+            f"--trainer.devices = {trainer.devices}: must be auto, -1 for all, a number from 1, or a list of numbers"
+        )
     if isinstance(trainer.strategy, str) and not re.fullmatch(_STRATEGIES, trainer.strategy):
         raise UsageError(f"--trainer.strategy = {trainer.strategy}: must be auto, ddp or fsdp2")
     seed = options.seed_everything
-    if isinstance(seed, bool) or seed < 0:  # a run that draws its seed cannot be repeated or gone on with
-        raise UsageError(f"--seed_everything = {seed}: must be a number, at least 0")
+    if isinstance(seed, bool) or not 0 <= seed < 1 << 32:  # a drawn seed could not be repeated or gone on with
+        raise UsageError(f"--seed_everything = {seed}: must be a number, at least 0 and below {1 << 32}")
 
 
 def check_processes(trainer: L.Trainer, environment: Mapping[str, str] = os.environ) -> None:
@@ -85,7 +89,8 @@ def check_processes(trainer: L.Trainer, environment: Mapping[str, str] = os.envi
         getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment
     ):
         return
-    if trainer.num_nodes > 1 and not {"NODE_RANK", "GROUP_RANK"} & {*environment}:
+    known = {"NODE_RANK", "GROUP_RANK"} & {*environment} and {"MASTER_ADDR", "MASTER_PORT"} <= {*environment}
+    if trainer.num_nodes > 1 and not known:
         raise UsageError(
             f"trainer.num_nodes = {trainer.num_nodes}: nothing here starts the other nodes; use torchrun on each node, "
             "or srun (configs/cluster has both), or set NODE_RANK, MASTER_ADDR and MASTER_PORT"
@@ -100,10 +105,10 @@ def check_processes(trainer: L.Trainer, environment: Mapping[str, str] = os.envi
 
 def lost_peer(error: BaseException) -> str:
     """What to say of an error that another process of the job has caused by ending; empty if it is none of these."""
-    text = str(error)
-    if not isinstance(error, RuntimeError) or not any(sign in text for sign in _GONE):
+    text = shorten(str(error), 200)
+    if not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in _GONE):
         return ""
     return (
         "another process of this job has ended, so this one ends too; why is in that one's output (killed, or out of "
-        f"memory, if there is nothing); with --resume auto the job goes on from its last checkpoint ({text[:200]})"
+        f"memory, if there is nothing); with --resume auto the job goes on from its last checkpoint ({text})"
     )

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
 
 from peft_lightning.stopping import ends_on_signals
@@ -33,6 +34,7 @@ _LEFT = {
     "study": ("finished cells are kept, and the same command goes on",),
     "test": ("the checkpoint is as it was",),
     "merge": ("nothing is written",),
+    "fit": ("nothing was trained since it was started; what is saved stays",),
 }
 _TRAINER = ("fit", "validate", "test", "predict")
 
@@ -56,6 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(0)
     if words[0] not in COMMANDS:
         _fail(f"{words[0]!r} is not a command; there are: {', '.join(COMMANDS)}", 2)
+    if not debug:
+        threading.excepthook = _thread_ended
     try:
         with ends_on_signals(*_LEFT.get(words[0], ())):
             if words[0] in _TRAINER or (words[0] != "doctor" and not {"-h", "--help"} & set(words)):
@@ -67,6 +71,12 @@ def main(arguments: list[str] | None = None) -> None:
         if debug or not is_failure(error):
             raise
         _fail(*_explain(error))
+
+
+def _thread_ended(about: threading.ExceptHookArgs) -> None:
+    """A logger writes in a thread of its own; what fails there comes as a line too."""
+    name = about.thread.name if about.thread else "a thread"
+    sys.stderr.write(f"peft-lightning: {name} ended: {about.exc_type.__name__}: {about.exc_value}\n")
 
 
 def _carry_out(words: list[str]) -> None:
@@ -125,9 +135,9 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return _parse_problem(text), 2
     if isinstance(error, MisconfigurationException):
         hint = "; on a machine without one, use configs/overlays/cpu.yaml" if "backend found" in text else ""
-        return f"{text}{hint}", 2
+        return f"trainer: {text.rstrip('!.')}{hint}", 2
     if isinstance(error, OSError):
-        return text, 1
+        return text if error.filename else f"{text} (run again with --debug for where)", 1
     return f"{type(error).__name__}: {text} (run again with --debug for the traceback)", 1
 
 
@@ -144,7 +154,8 @@ def _parse_problem(text: str) -> str:
     noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
     lines = [line.strip() for line in text.splitlines() if not line.strip().removeprefix("- ").startswith(noise)]
     telling = [line for line in lines if not line.startswith(("- Expected a <class", "- Expected a typing.Literal"))]
-    message = " ".join(line.removeprefix("- ").replace("Parser key ", "option ") for line in telling)
+    telling = list(dict.fromkeys(line.removeprefix("- ") for line in telling))
+    message = " ".join(line.replace("Parser key ", "option ") for line in telling)
     message = re.sub(r"Expected an? (<class '[^']*'>)\. Got value:", lambda m: f"must be {_named(m[1])}, not", message)
     if message.endswith(":"):  # what was expected stands in the noise
         message += _expected(text)

@@ -68,8 +68,8 @@ def with_recorded_settings(words: list[str], folder: Path) -> list[str]:
 
 
 def option(words: list[str], name: str) -> str | None:
-    """The value of a flag among words of a command line, as ``--name value`` or ``--name=value``; the first one."""
-    for position, word in enumerate(words):
+    """The value of a flag among words of a command line, as ``--name value`` or ``--name=value``; the last one."""
+    for position, word in reversed([*enumerate(words)]):
         if word == name and position + 1 < len(words):
             return words[position + 1]
         if word.startswith(f"{name}="):

@@ -56,6 +56,8 @@ def checkpoint_to_resume(folder: Path, effective: Mapping[str, Any], resume: str
     """
     last, said = latest_checkpoint(folder)
     if last is None:
+        if speaks:
+            sys.stderr.write(f"peft-lightning: {folder} has no checkpoint yet: the run begins\n")
         return None
     if changed := _changed(folder / "config.yaml", effective):
         listed = "; ".join(changed)

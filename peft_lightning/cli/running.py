@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from peft_lightning.atomic import atomic_write, lock_file
 from peft_lightning.callbacks.stopping import StayStopped
-from peft_lightning.errors import UsageError
+from peft_lightning.errors import PeftLightningError, UsageError
 from peft_lightning.files.checksum import sum_of
 
 __all__ = ["Agreed", "Held", "Kept", "listed", "placed"]
@@ -68,10 +68,16 @@ class Held(Callback):
 
         Raises:
             UsageError: another run has it.
+            PeftLightningError: the folder cannot be written to.
         """
         patience = self.patience if patience is None else patience
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = file = lock_file(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = file = lock_file(self.path)
+        except OSError as error:
+            raise PeftLightningError(
+                f"--run_dir = {self.path.parent}: cannot be written to ({error.strerror}: {error.filename})"
+            ) from error
         self._all.append(self)
         until, said = time.monotonic() + patience, False
         while _is_taken(file):
@@ -139,9 +145,20 @@ class Kept(Callback):
     def __init__(self, path: Path, text: str) -> None:
         self.path, self.text = path, text
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write it."""
-        atomic_write(self.path, lambda file: file.write(self.text.encode()))
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Write it before the first batch: what module and data refuse, they have refused by then."""
+        self._write()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write it where there was no batch to come."""
+        self._write()
+
+    def _write(self) -> None:
+        if self.text:
+            atomic_write(self.path, lambda file: file.write(self.text.encode()))
+            self.text = ""
 
 
 def _is_taken(file: IO[bytes]) -> bool:

@@ -161,7 +161,7 @@ class TrainerCLI(LightningCLI):
                 plugins=[*listed(config.get("plugins")), AtomicCheckpointIO()],
                 **kwargs,
             )
-        except (TypeError, ValueError) as error:  # options that do not go together
+        except (TypeError, ValueError, ModuleNotFoundError) as error:  # options that do not go together or work here
             raise UsageError(f"trainer: {first_line(error)}") from error
         check_processes(trainer)
         return trainer
@@ -250,7 +250,7 @@ def run(words: list[str]) -> None:
     restrict_classes()
     with tempfile.TemporaryDirectory() as folder, Held.released():
         words = joined(with_recorded_settings(words, Path(folder)))
-        parser_options = {"exit_on_error": False}
+        parser_options = {"exit_on_error": False, "allow_abbrev": False}  # what the words are is looked at before
         sys.argv[1:] = words  # what further local processes (DDP) are started with
         TrainerCLI(
             MethodModule,

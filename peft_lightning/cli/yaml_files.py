@@ -32,7 +32,7 @@ def read_yaml(path: str | Path) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise _refused(path, f"is no YAML ({' '.join(str(error).split())[:300]})") from None
+        raise _refused(path, f"is no YAML ({_plain(error)})") from None
 
 
 def check_yaml(path: str | Path) -> str:
@@ -49,7 +49,7 @@ def check_yaml(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         raise _refused(path, f"is no YAML (it is not UTF-8: {error.reason} at byte {error.start})") from None
     except yaml.YAMLError as error:
-        raise _refused(path, f"is no YAML ({' '.join(str(error).split())[:300]})") from None
+        raise _refused(path, f"is no YAML ({_plain(error)})") from None
     except (OSError, ValueError) as error:
         raise _refused(path, f"cannot be read ({first_line(error)})") from None
     return text
@@ -79,6 +79,10 @@ def _as_it_stands(value: Any, enable_path: bool = True, simple_types: bool = Fal
         if enable_path and text.endswith((".yaml", ".yml", ".json")):
             raise UsageError(f"{text}: an option's value is not read from a file; write it out, or use --config")
     return _util.parse_value_or_config(value, enable_path=False, simple_types=simple_types)
+
+
+def _plain(error: Exception) -> str:
+    return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())[:300]
 
 
 def _refused(path: str | Path, reason: str) -> UsageError:
@@ -174,9 +178,9 @@ class _Names:
         self._above.update(above)
 
     def _see_value(self, key: str, event: yaml.NodeEvent) -> None:
+        if key in self._above:  # what came in its parts is forgotten
+            raise self._twice(key, event)
         if isinstance(event, yaml.MappingStartEvent | yaml.AliasEvent):
-            if key in self._above:
-                raise self._twice(key, event)
             self._mappings.add(key)
 
     @staticmethod

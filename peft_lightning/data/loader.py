@@ -9,11 +9,14 @@ Shapes: B rows of a batch, G = batch size x ranks the rows of a global batch.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +28,7 @@ from peft_lightning.errors import DataError, UsageError
 # Rows are sorted by length within this many global batches: enough to leave little padding, few enough to
 # leave the order of training random.
 _CHUNK = 50
+_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 class Batch(NamedTuple):
@@ -181,7 +185,7 @@ class Loader:
                 pin_memory=pin,
                 # Without its own generator, each epoch would draw from the global one and change training.
                 generator=torch.Generator(),
-                worker_init_fn=_wait_for_the_owner,
+                worker_init_fn=partial(_wait_for_the_owner, threading.current_thread() is threading.main_thread()),
             )
             with _held_back():
                 batches = iter(loader)
@@ -200,11 +204,10 @@ class Loader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken, if the next epoch to be read is the same.
+        """Continue where ``state`` was taken, if the next epoch to be read is the same; else with its beginning.
 
         Raises:
-            UsageError: the state is of another stream, in whatever epoch; or a position within the epoch was counted
-                in batches of another size.
+            UsageError: the state is of another stream, or its steps are of another number of rows.
         """
         # Older states do not say what they are of.
         if changed := _changes(state.get("stream") or {}, self._stream):
@@ -212,7 +215,10 @@ class Loader:
         size = self._sampler.global_batch_size
         if state["position"] and state["global_batch_size"] != size:
             saved = state["global_batch_size"]
-            raise UsageError(f"batch_size times ranks is {size}; allowed to go on within an epoch: {saved}")
+            how = "on twice as many devices give half of data.batch_size"
+            raise UsageError(
+                f"batch_size times ranks is {size}; allowed to go on with a run: {saved}, as before ({how})"
+            )
         self._epoch, self._position, self._continued = state["epoch"], state["position"], True
 
 
@@ -238,11 +244,18 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _wait_for_the_owner(number: int) -> None:
+def _wait_for_the_owner(in_main: bool, number: int) -> None:
     """Have a signal to the whole group of processes end the one that reads, which saves first, and not its workers.
 
-    They end when it does, or when SIGTERM comes from it. They are started with all three signals held back.
+    They end when it does, however that is and also if they are stopped, or when SIGTERM comes from it. They are started
+    with all three signals held back.
+
+    Args:
+        in_main: whether the owner's main thread starts this: Linux ends a process with the thread that began it.
+        number: of the worker.
     """
+    if in_main and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
     for each in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(each, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGUSR1))

@@ -73,7 +73,7 @@ def check_separated(path: Path, *, quoted: bool) -> None:
 
 def _refuse_columns(count: int) -> None:
     if count > _MOST_COLUMNS:
-        raise ValueError(f"has {count:,} columns; allowed: {_MOST_COLUMNS:,}")
+        raise ValueError(f"has more than {_MOST_COLUMNS:,} columns, which is all that is allowed")
 
 
 def _promised(path: Path, columns: list[Any]) -> int:

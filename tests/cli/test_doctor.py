@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import namedtuple
 from importlib import metadata
@@ -54,6 +55,22 @@ def test_what_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         patch.setenv("PEFT_LIGHTNING_CACHE", "/proc/cache")  # where the rights alone say that all is well
         status, line = fails(["doctor"], capsys)
         assert status == 1 and "cache: /proc cannot be written to" in line
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for name, value in (
+        ("PEFT_LIGHTNING_CACHE", str(tmp_path / "a")),
+        ("PEFT_LIGHTNING_CACHE", "/tmp/" + "x" * 5000),
+        ("HF_HOME", "~nobodyatall/x"),
+        ("HF_HUB_CACHE", str(tmp_path / "file")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            status, line = fails(["doctor"], capsys)
+            assert status == 1 and "1 broken: " in line and f"${name}" in line
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getcwd", lambda: os.stat(tmp_path / "gone"))
+        status, line = fails(["doctor"], capsys)
+        assert status == 1 and "working folder: " in line and "name another folder by --run_dir" in line
     real = metadata.version
 
     def version(name: str) -> str:

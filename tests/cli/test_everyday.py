@@ -42,13 +42,17 @@ def test_a_logger_from_a_configuration(logger: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "report.json").read_text())["scores"]
 
 
-def test_early_stopping_and_the_best_few_in_a_run_that_goes_on(tmp_path: Path) -> None:
+def test_early_stopping_and_the_best_few_in_a_run_that_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Both overlays at once; the second half of a run ends as the whole one does."""
     overlays = [*STOPPING, *BEST_K, *QUIET, "--model.optim.lr=1e-12", "--save_every_n_steps=1"]
     words = [*FIT, *overlays, "--trainer.max_steps=30"]
     main([*words, "--run_dir", str(tmp_path / "whole")])
     whole = state(tmp_path / "whole" / "last.ckpt")
     assert 5 < whole["global_step"] < 30  # stopped
+    said = capsys.readouterr().err
+    assert "ended early: val/loss is no better than" in said and "for 5 validations" in said
     kept = {path.name for path in (tmp_path / "whole" / "best_k").iterdir()}
     assert len(kept) == 3
     assert {"best.ckpt", "last.ckpt"} <= {path.name for path in (tmp_path / "whole").iterdir()}

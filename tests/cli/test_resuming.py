@@ -206,3 +206,31 @@ def test_a_disk_that_refuses(disk: str, run: Path, tmp_path: Path) -> None:
     done = subprocess.run(shell, capture_output=True, text=True, timeout=150)
     refused(done, str(run), {"full": "No space left", "read-only": "Read-only file system"}[disk])
     assert (tmp_path / "left.ckpt").read_bytes() == good
+
+
+@pytest.mark.parametrize("before", [[], ["--resume", "auto"]], ids=["finished", "finished and started again"])
+def test_what_is_refused_leaves_everything_as_it_was(
+    before: list[str], finished: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also what only the data can refuse, when they are read: another number of rows in a step, or other rows."""
+    words = [*WORDS, "--run_dir", str(run)]
+    if before:
+        main([*words, *before])
+        assert (run / "last.ckpt").read_bytes() == (finished / "last.ckpt").read_bytes()
+    configuration = (run / "config.yaml").read_text()
+    more = ["--trainer.max_steps", "5", "--resume", "changed"]
+    for changed, message in {
+        ("--data.init_args.batch_size", "16"): "batch_size times ranks is 16; allowed to go on with a run: 8, as before",
+        ("--data.init_args.task", "toy_pairs"): "in the checkpoint",
+    }.items():
+        status, line = fails([*words, *changed, *more], capsys)
+        assert status == 2 and message in line
+        assert (run / "config.yaml").read_text() == configuration
+    main([*words, "--resume", "auto"])
+    main([*words, *more])
+    assert steps(run / "last.ckpt") == 5
+
+
+def test_a_run_that_has_no_checkpoint_yet_begins_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*WORDS, "--run_dir", str(tmp_path / "new"), "--resume", "auto"])
+    assert f"{tmp_path / 'new'} has no checkpoint yet: the run begins" in capsys.readouterr().err

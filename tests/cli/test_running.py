@@ -13,7 +13,7 @@ import torch
 
 from peft_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from peft_lightning.cli.running import Agreed, Held
-from peft_lightning.errors import UsageError
+from peft_lightning.errors import PeftLightningError, UsageError
 from tests.cli.test_bad_input import FIT, fails
 
 FIRST: Any = SimpleNamespace(is_global_zero=True)
@@ -83,3 +83,15 @@ def test_processes_that_found_the_same_agree(name: str | None, tmp_path: Path, m
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     two: Any = SimpleNamespace(world_size=2)
     Agreed(path).setup(two, two, "test")
+
+
+@pytest.mark.parametrize("name", [".lock", ""])
+def test_a_folder_that_cannot_be_written(name: str, tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    if name:
+        place.mkdir()
+        (place / name).symlink_to(tmp_path / "elsewhere")
+    else:
+        place.write_text("a file")
+    with pytest.raises(PeftLightningError, match=f"--run_dir = {place}: cannot be written to"):
+        Held(place).setup(FIRST, FIRST, "fit")

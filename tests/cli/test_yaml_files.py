@@ -32,6 +32,7 @@ BAD = {
         "c:\n  a.b.d: 1\n  a.b: {e: 2}\n",
         "the key 'a.b' comes twice .*, again in line 3",
     ),
+    "a key with a dot, then a word": ("a.b: 1\na: c\n", "the key 'a' comes twice"),
     "a name beside a dot": ("x: &x {b: 1}\na: *x\na.b: 2\n", "the key 'a' comes twice"),
     "a key that is a list": ("{[1]: 2}", "is no YAML"),
 }

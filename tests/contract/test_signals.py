@@ -92,6 +92,42 @@ def test_within_a_validation_within_an_accumulation(tmp_path: Path) -> None:
     assert_same_end(METHODS[0], tmp_path, stops, stopped=Terminated, **options)
 
 
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+import lightning as L
+from tests.contract.test_resume import rows
+from tests.toy import METHODS, build, data, trainer
+
+class Stop(L.Callback):  # the process that reads batches hangs, and this one is asked to end
+    def on_train_batch_start(self, trainer, *rest):
+        if trainer.global_step == 2:
+            from multiprocessing import active_children
+            print(*(child.pid for child in active_children()), flush=True)
+            for child in active_children():
+                os.kill(child.pid, signal.SIGSTOP)
+            os.kill(os.getpid(), int(sys.argv[1]))
+
+if __name__ == "__main__":
+    fit = trainer(Path(sys.argv[2]), callbacks=[Stop()], max_epochs=2)
+    fit.fit(build(METHODS[0]), datamodule=data(batch_size=8, rows=rows(), workers=1))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_process_that_reads_batches_is_not_waited_for_nor_left_behind(number: int, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    words = [sys.executable, "-c", STOPPED, str(int(number)), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (143 if number == signal.SIGTERM else -9), done.stderr
+    assert number == signal.SIGKILL or is_whole(tmp_path / "last.ckpt")
+    assert time.monotonic() - begun < 50
+    (child,) = done.stdout.split()
+    time.sleep(0.5)
+    about = Path(f"/proc/{child}/stat")
+    assert not about.exists() or about.read_text().rpartition(") ")[2].startswith("Z")  # nobody has asked for its end
+
+
 OVERDUE = """
 import os, signal, sys, time
 from pathlib import Path

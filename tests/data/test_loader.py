@@ -329,7 +329,7 @@ def test_reading_leaves_the_global_random_state_alone(workers: int) -> None:
 
 def test_state_in_batches_of_another_size_is_refused() -> None:
     state = {"epoch": 0, "position": 2, "global_batch_size": 8}
-    with pytest.raises(UsageError, match="batch_size times ranks is 4; allowed to go on within an epoch: 8"):
+    with pytest.raises(UsageError, match="batch_size times ranks is 4; allowed to go on with a run: 8, as before"):
         loader_of(np.arange(20) + 1).load_state_dict(state)
     loader_of(np.arange(20) + 1).load_state_dict({**state, "position": 0})
 

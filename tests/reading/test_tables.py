@@ -118,7 +118,7 @@ def test_columns_are_counted_before_they_are_made(quoted: bool, end: str, tmp_pa
     path.write_bytes(f"{end}{mark.join([name] * 10_000)}{end}1{end}".encode())
     check_separated(path, quoted=quoted)
     path.write_bytes(f"{end}{mark.join([name] * 10_001)}{end}".encode())
-    with pytest.raises(ValueError, match="has 10,001 columns; allowed: 10,000"):
+    with pytest.raises(ValueError, match="has more than 10,000 columns"):
         check_separated(path, quoted=quoted)
 
 
@@ -132,5 +132,5 @@ def test_a_name_of_a_column_ends(tmp_path: Path) -> None:
 def test_a_parquet_file_of_many_columns(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     parquet.write_table(pa.table({str(number): [1] for number in range(10_001)}), path)
-    with pytest.raises(ValueError, match="has 10,001 columns; allowed: 10,000"):
+    with pytest.raises(ValueError, match="has more than 10,000 columns"):
         check_parquet(path)
