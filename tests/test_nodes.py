@@ -136,12 +136,15 @@ def test_a_signal_to_one_process_ends_all_with_what_is_saved(number: int, tmp_pa
 def test_a_signal_to_torchrun_ends_all_for_good(number: int, tmp_path: Path, whole: Path) -> None:
     """Restarts are for what fails."""
     assert HEEDED in (ROOT / "configs" / "cluster" / "torchrun.sh").read_text()
-    done = on_one_node(tmp_path / "run", "--trainer.callbacks.agent=true", restarts=2, die=(1, 6), number=number)
+    options: dict[str, Any] = {"restarts": 2, "die": (1, 6), "number": number}
+    done = on_one_node(tmp_path / "run", "--trainer.callbacks.agent=true", **options)
     assert done.returncode != 0
     assert time.time() - float((tmp_path / "run" / "killed").read_text()) < 30
     assert f"stopped by {signal.Signals(number).name} after step" in done.stderr, done.stderr
     assert 6 <= end_of(tmp_path / "run")["global_step"] < 12
-    done = on_one_node(tmp_path / "run", die=(0, 0))
+    done = on_one_node(
+        tmp_path / "run", "--trainer.callbacks.agent=true", **options
+    )  # the same command, past that step
     assert done.returncode == 0, done.stderr
     assert_same_end(tmp_path / "run", whole)
 

@@ -220,8 +220,11 @@ def test_what_is_refused_leaves_everything_as_it_was(
     configuration = (run / "config.yaml").read_text()
     more = ["--trainer.max_steps", "5", "--resume", "changed"]
     for changed, message in {
-        ("--data.init_args.batch_size", "16"): "batch_size times ranks is 16; allowed to go on with a run: 8, as before",
-        ("--data.init_args.task", "toy_pairs"): "in the checkpoint",
+        (
+            "--data.init_args.batch_size",
+            "16",
+        ): "batch_size times ranks is 16; allowed to go on with a run: 8, as before",
+        ("--data.init_args.task", "toy_pairs"): "the rows as they are encoded: not the same",
     }.items():
         status, line = fails([*words, *changed, *more], capsys)
         assert status == 2 and message in line
