@@ -57,7 +57,7 @@ class LoopTrainer:
         self.loggers: list[Any] = []
         self.callbacks: list[Any] = []
         source = SimpleNamespace(dataloader=datamodule.train_dataloader)
-        self.fit_loop = SimpleNamespace(_data_source=source, _load_combined_loader_states=lambda: None)
+        self.fit_loop = SimpleNamespace(_data_source=source, _combined_loader=None)
         datamodule.trainer = cast(Any, self)
 
     @property
