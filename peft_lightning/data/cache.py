@@ -28,7 +28,7 @@ from peft_lightning.reading.limits import regular_size
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_FORMAT = 1
+_FORMAT = 2
 _log = logging.getLogger(__name__)
 
 
