@@ -48,7 +48,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             there = next(folder for folder in path.absolute().parents if folder.exists())
             free = shutil.disk_usage(there).free
             room = f", {free / 2**20:.1f} MiB are free there" if free < _LITTLE else ""
-            raise CheckpointError(f"{path}: cannot save the checkpoint ({error}{room}); {kept}") from error
+            raise CheckpointError(
+                f"{path}: cannot save the checkpoint ({getattr(error, 'strerror', None) or error}{room}); {kept}"
+            ) from error
         self._own.add(path)
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:

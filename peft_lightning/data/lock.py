@@ -51,7 +51,7 @@ def build_once(path: Path, read: Callable[[Path], _T], build: Callable[[BinaryIO
             atomic_write(path, build)
         return read(path)
     except OSError as error:
-        raise DataError(f"cache_dir {str(path.parent)!r} cannot be written: {error}") from error
+        raise DataError(f"cache_dir {str(path.parent)!r} cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         text = json.dumps(sealed(content), allow_nan=False)
         atomic_write(path, lambda file: file.write(f"{text}\n".encode()))
     except (OSError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: cannot be written ({error})") from error
+        raise DataError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
 def read_study(folder: str | Path) -> list[Record]:
