@@ -115,7 +115,7 @@ class Terminated(SystemExit):
     @staticmethod
     def end_children() -> None:
         """End the processes that read batches: one that is stopped or hangs would be waited for without an end."""
-        children = multiprocessing.active_children()
+        children = [child for child in multiprocessing.active_children() if child.daemon]
         in_main = threading.current_thread() is threading.main_thread()
         # torch's would say that they were killed
         before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if children and in_main else None

@@ -136,7 +136,7 @@ class RunCheckpoint(Checkpoint):
             trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
         self._signal, self._boundary, self._over = None, None, False
         # a run that has come to its end, and is started again, leaves its checkpoint as it is
-        self._saved_step = trainer.global_step if trainer.ckpt_path == str(self.folder / LAST) else -1
+        self._saved_step = trainer.global_step if Path(trainer.ckpt_path or "") == self.folder / LAST else -1
         take_over((*SIGNALS, signal.SIGINT), self._remember_signal, _PATIENCE, self._kill_further, self._waits)
 
     def on_train_batch_end(
@@ -260,7 +260,7 @@ class RunCheckpoint(Checkpoint):
         os.write(2, f"\n{signal.Signals(number).name}: ends after this optimizer step and saves{again}\n".encode())
 
     def _waits(self) -> bool | None:
-        return None if self._over else not self._writing
+        return False if self._writing else None if self._over else True
 
     def _kill_further(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to the processes that this one has started, which would wait for it or go on without it."""
