@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
-from peft_lightning.backbones.folders import check_folder, check_sizes
+from peft_lightning.backbones.folders import check_folder, check_left_over, check_sizes
 from peft_lightning.backbones.options import PRUNED_FILE, check_options, pruned_folder
 from peft_lightning.backbones.quiet import quiet
 from peft_lightning.backbones.sharing import shared
@@ -190,6 +190,7 @@ def _build(config: BackboneConfig, auto: Any, tokenizer: Any) -> tuple[nn.Module
                 **extra,
             )
         _check_shapes(loading["mismatched_keys"])
+        check_left_over(loading["unexpected_keys"], model.state_dict(), model.base_model_prefix)
         if odd := [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]:
             raise ValueError(f"{odd[0]} has values that are not finite")
         return model, sorted(loading["missing_keys"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from peft_lightning.reading.json_text import parse_json
 from peft_lightning.reading.limits import file_inside, read_bytes, regular_size
 from peft_lightning.reading.pickled import check_pickled
 
-__all__ = ["check_folder", "check_sizes"]
+__all__ = ["check_folder", "check_left_over", "check_sizes"]
 
 # More layers than any model has: they would be built before anything is compared.
 _MOST_LAYERS = 4096
@@ -30,6 +30,7 @@ _ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2")
 # What transformers opens, and what of it is small and decides what is built.
 _READ = (".json", ".txt", ".model", ".safetensors", ".bin", ".jinja")
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
+_NUMBER = re.compile(r"\.\d+\.")
 _PARSED = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -101,6 +102,28 @@ def check_sizes(content: Mapping[str, Any]) -> None:
             check_sizes(value)
         elif type(value) is int and _SIZES.search(str(key)) and not -1 <= value <= most:
             raise ValueError(f"{key} = {str(value)[:40]}: must be up to {most}")
+        elif type(value) is int and key == "num_hidden_layers" and value < 1:
+            raise ValueError(f"{key} = {value}: must be at least 1")
+
+
+def check_left_over(names: Iterable[str], built: Iterable[str], prefix: str) -> None:
+    """Refuse weights of blocks beyond those that were built: a configuration of fewer blocks is another model's.
+
+    Args:
+        names: of the weights that were not read; heads of other tasks may be among them.
+        built: names of those that the model has.
+        prefix: under which a model with a head has the names of one without.
+
+    Raises:
+        ValueError: names the first one.
+    """
+
+    def place(name: str) -> str:
+        return _NUMBER.sub(".0.", name.removeprefix(f"{prefix}."))
+
+    places = {place(name) for name in built if _NUMBER.search(name)}
+    if beyond := sorted(name for name in names if _NUMBER.search(name) and place(name) in places):
+        raise ValueError(f"its weights have {len(beyond)} tensors of blocks that it does not build: {beyond[0]}")
 
 
 def _check_weights(content: dict[str, Any], folder: Path) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, BertConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from peft_lightning.backbones.build import BackboneConfig, build_backbone, fingerprint
+from peft_lightning.backbones.build import BackboneConfig, build_backbone, build_masked_lm, fingerprint
 from peft_lightning.backbones.families import FAMILIES, family_of
 from peft_lightning.backbones.pooling import pooling
 from peft_lightning.backbones.tokenizers import load_tokenizer
@@ -65,6 +66,22 @@ def test_a_folder_that_lacks_weights_is_refused(folder: Path) -> None:
     deeper.save_pretrained(folder)
     with pytest.raises(UsageError, match=r"lack 16 tensors of the encoder: encoder\.layer\.2"):
         build_backbone(BackboneConfig(name=str(folder)))
+
+
+@pytest.mark.parametrize("layers", [1, 0, -1])
+@pytest.mark.parametrize("head", [False, True])
+def test_a_folder_that_has_blocks_beyond_its_configuration_is_refused(head: bool, layers: int, folder: Path) -> None:
+    """What would be left of it is another model."""
+    if head:
+        BertForMaskedLM(BertConfig.from_pretrained(folder)).save_pretrained(folder)
+    build_backbone(BackboneConfig(name=str(folder)))
+    if head:
+        build_masked_lm(BackboneConfig(name=str(folder)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    for make in (build_backbone, build_masked_lm):
+        with pytest.raises(UsageError, match=r"cannot be built \(.*(blocks that it does not build|num_hidden_layers)"):
+            make(BackboneConfig(name=str(folder)))
 
 
 def test_the_fingerprint_sees_weights_and_shape(folder: Path) -> None:
