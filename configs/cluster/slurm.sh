@@ -24,6 +24,7 @@ trap 'asked=yes; [ -z "$step" ] || kill -USR1 "$step"' USR1
 # One process that dies ends all others at once, instead of leaving them to wait for it.
 srun --kill-on-bad-exit=1 python -m peft_lightning fit --config configs/overlays/slurm.yaml "$@" &
 step=$!
+[ -z "$asked" ] || kill -USR1 "$step" # it came before there was a step
 
 wait "$step"
 code=$?
