@@ -6,7 +6,7 @@ all. Inside of it, callbacks/checkpoint decides.
 
 Python answers a signal in its main thread, and only between two of its own instructions. Where that thread waits in a
 library meanwhile, such as for another process that does not come, a second thread ends the process. So it does where a
-signal was answered, but what the answer waits for does not come (:func:`end_if_overdue`).
+signal was answered, but what the answer waits for does not come (:func:`end_later`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-__all__ = ["SIGNALS", "Terminated", "end_if_overdue", "ends_on_signals", "take_over"]
+__all__ = ["SIGNALS", "Terminated", "end_later", "ends_on_signals", "take_over"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _SOON = 2.0
@@ -60,7 +60,7 @@ class _Watch:
         while numbers := self._heard.recv(64):
             for number in {*numbers} & {*SIGNALS, signal.SIGINT}:
                 why = "not answered within {:g} s, in a library that waits, as for another process"
-                _end_later(number, partial(self._unanswered, number, time.monotonic()), self.patience, self.last, why)
+                end_later(number, partial(self._unanswered, number, time.monotonic()), self.patience, self.last, why)
         self._heard.close()
 
     def _unanswered(self, number: int, heard: float) -> bool | None:
@@ -70,10 +70,20 @@ class _Watch:
         return self.waits() is not False
 
 
-def _end_later(
+def end_later(
     number: int, waits: Callable[[], bool | None], patience: float, last: Callable[[], object], why: str
 ) -> None:
-    """End the process from a thread, where its main thread does not, after ``patience`` seconds of waiting."""
+    """End the process from a second thread, where what a signal has asked for does not come.
+
+    Args:
+        number: of the signal.
+        waits: true while the time runs; false while it does not, such as while a file is written; None once there is
+            nothing to wait for.
+        patience: seconds, which begin again whenever ``waits`` was false; SIGUSR1, which comes long before the end,
+            gets four times as many.
+        last: called before the process ends.
+        why: what is said then; ``{:g}`` in it stands for the seconds.
+    """
     patience *= _NOTICE if number == signal.SIGUSR1 else 1
 
     def look() -> None:
@@ -142,7 +152,7 @@ def take_over(
         react: called in the main thread.
         patience: seconds after which, within :func:`ends_on_signals`, the process is ended if that is not possible.
         last: called before that, in another thread.
-        waits: false while the time does not run, as in :func:`end_if_overdue`.
+        waits: false while the time does not run, as in :func:`end_later`.
 
     Returns:
         What handled the signals before; nothing outside the main thread, where Python refuses.
@@ -161,23 +171,6 @@ def take_over(
     if _watch is not None:
         _watch.patience, _watch.last, _watch.waits = patience, last, waits
     return {number: signal.signal(number, handle) for number in signals}
-
-
-def end_if_overdue(
-    number: int, waits: Callable[[], bool | None], patience: float, last: Callable[[], object] = lambda: None
-) -> None:
-    """From a second thread, end the process where what a signal has asked for does not come.
-
-    Args:
-        number: of the signal.
-        waits: true while the time runs; false while it does not, such as while a file is written; None once there is
-            nothing to wait for.
-        patience: seconds, which begin again whenever ``waits`` was false; SIGUSR1, which comes long before the end,
-            gets four times as many.
-        last: called before the process ends.
-    """
-
-    _end_later(number, waits, patience, last, "no step has ended within {:g} s, after which it could be saved")
 
 
 @contextmanager

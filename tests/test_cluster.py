@@ -51,7 +51,7 @@ def test_machines_with_gpus_compute_in_bfloat16(name: str) -> None:
     assert overlay(name)["trainer"]["precision"] == "bf16-mixed"
 
 
-def job(tmp_path: Path, step: str) -> subprocess.Popen[bytes]:
+def job(tmp_path: Path, step: str, script: Path = SLURM) -> subprocess.Popen[bytes]:
     """The script of a job, in which srun is a shell script with these lines, and scontrol writes its words down."""
     commands = {
         "srun": step.replace("STARTED", f'echo "$@" > {tmp_path}/started'),
@@ -61,7 +61,7 @@ def job(tmp_path: Path, step: str) -> subprocess.Popen[bytes]:
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
-    started = subprocess.Popen(["bash", str(SLURM), "--run_dir", "a b"], env=environment, cwd=ROOT)
+    started = subprocess.Popen(["bash", str(script), "--run_dir", "a b"], env=environment, cwd=ROOT)
     deadline = time.monotonic() + 30
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -88,3 +88,14 @@ def test_a_job_whose_time_is_over_comes_back_unless_it_was_done(code: int, back:
     assert (tmp_path / "requeued").exists() == back
     if back:
         assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+
+
+def test_a_signal_before_the_step_has_a_number_reaches_it(tmp_path: Path) -> None:
+    """The signal comes between the start of srun and the line after it, which notes its number."""
+    noted = "step=$!\n"
+    before, after = SLURM.read_text().split(noted)
+    script = tmp_path / "script.sh"
+    wait = f"while [ ! -e {tmp_path}/started ]; do sleep 0.05; done\nkill -USR1 $$\n"
+    script.write_text(before + wait + noted + after)
+    assert job(tmp_path, SAVES.format(code=138), script).wait(30) == 138
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"

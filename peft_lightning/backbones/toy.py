@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,9 +31,8 @@ TOY_VOCABULARY = (
 )
 
 
-@lru_cache(maxsize=1)
 def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer of the toy language: a token per word, BERT's special tokens and token types."""
+    """Make a tokenizer of the toy language: a token per word, BERT's special tokens and token types."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

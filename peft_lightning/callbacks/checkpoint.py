@@ -32,7 +32,7 @@ from peft_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from peft_lightning.callbacks.log import MetricsCSV
 from peft_lightning.errors import UsageError
 from peft_lightning.files.latest import LAST, is_whole
-from peft_lightning.stopping import SIGNALS, Terminated, end_if_overdue, take_over
+from peft_lightning.stopping import SIGNALS, Terminated, end_later, take_over
 
 __all__ = ["RunCheckpoint"]
 
@@ -255,7 +255,8 @@ class RunCheckpoint(Checkpoint):
         if self._may_leave and self._trainer is not None:
             self._leave(self._trainer)
         if number in SIGNALS:
-            end_if_overdue(number, self._waits, _PATIENCE, self._kill_further)
+            why = "no step has ended within {:g} s, after which it could be saved"
+            end_later(number, self._waits, _PATIENCE, self._kill_further, why)
         again = "; once more ends it at once" if number == signal.SIGINT else ""
         os.write(2, f"\n{signal.Signals(number).name}: ends after this optimizer step and saves{again}\n".encode())
 

@@ -171,9 +171,7 @@ def test_a_corpus_is_packed_once(tmp_path: Path) -> None:
 
 def other_tokens() -> Vocabulary:
     """The toy vocabulary in which another word separates."""
-    from copy import deepcopy
-
-    tokenizer = deepcopy(toy_tokenizer())
+    tokenizer = toy_tokenizer()
     tokenizer.sep_token = "cat"
     return read_vocabulary(tokenizer)
 

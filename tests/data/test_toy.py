@@ -78,10 +78,11 @@ def test_tokenizer_knows_every_word(task: str) -> None:
 
 def test_tokenizer_is_like_berts() -> None:
     tokenizer = toy_tokenizer()
-    assert tokenizer is toy_tokenizer()
     assert len(tokenizer) == len(TOY_VOCABULARY) == len(set(TOY_VOCABULARY))
     assert len(TOY_VOCABULARY) % 8 == 0
     assert [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.mask_token_id] == [0, 1, 4]
+    tokenizer.add_tokens(["weasel"])  # it is the caller's own
+    tokenizer = toy_tokenizer()
     pair = tokenizer("The CAT", "weasel")
     assert tokenizer.convert_ids_to_tokens(pair["input_ids"]) == "[CLS] the cat [SEP] [UNK] [SEP]".split()
     assert pair["token_type_ids"] == [0, 0, 0, 0, 1, 1]
