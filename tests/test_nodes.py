@@ -178,6 +178,12 @@ def test_processes_that_nobody_would_start_are_refused(monkeypatch: pytest.Monke
     for trainer, product in ((one, "1 x 1"), (L.Trainer(devices=4, strategy="ddp", **common), "4 x 1")):
         with pytest.raises(UsageError, match=rf"num_nodes = {product}: torchrun has started 2 processes"):
             check_processes(trainer, started)
+    nodes = L.Trainer(num_nodes=2, devices=1, strategy="ddp", **common)
+    with pytest.raises(
+        UsageError, match=r"devices = 1 on each of trainer.num_nodes = 2: torchrun has started 2 .* this"
+    ):
+        check_processes(nodes, {**started, "LOCAL_WORLD_SIZE": "2"})
+    check_processes(local, {**started, "LOCAL_WORLD_SIZE": "2"})
 
 
 def test_which_errors_mean_that_another_process_is_gone() -> None:

@@ -51,6 +51,8 @@ def assert_as_one_process(name: str, one_folder: Path, folder: Path, ranks: int)
             assert torch.equal(tensor, other["state"][key]), f"ranks differ in {key}"
     for end in two:
         assert end["test"] == two[0]["test"]
+        assert end["importance"] == two[0]["importance"]  # not only to a tolerance
+        assert (end["importance"] is not None) == (name.startswith("PruneLoRA") and "random" not in name)
         assert end["plan"] == one["plan"] and (one["plan"] is not None) == name.startswith("PruneLoRA")
         assert end["held"] == 1 if name == alone else end["held"] < 1 / ranks + 0.05
     for end in (one, *two):  # stopped in the middle of an epoch and gone on

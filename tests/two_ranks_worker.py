@@ -103,6 +103,7 @@ def main(folder: Path, ranks: int, nodes: int) -> None:
         fit.fit(module, datamodule=source)
         tested = fit.test(module, datamodule=source, verbose=False)
         end = {"state": module.owned_state(), "test": tested, "plan": module.manifest().get("plan")}
+        end["importance"] = module.manifest().get("importance")
         held = (getattr(p, "to_local", lambda p=p: p)().numel() for p in module.trainable_parameters().values())
         end["held"] = sum(held) / sum(p.numel() for p in module.trainable_parameters().values())
         if "-plain" in name:

@@ -8,7 +8,8 @@
 
 # A process that dies ends all others. All are started again, up to RESTARTS times, and go on from the last checkpoint. So
 # does a job that is started by hand once more. With torchrun's store shared, restarted processes would look for dead ones.
-# A signal to torchrun goes to all processes, which save and end; to one of them, it is a process that died.
+# SIGTERM, SIGINT or SIGUSR1 to torchrun goes to all processes, which save and end; to one of them, it is a process that died.
+# SIGHUP, as from a terminal that closes, goes to all as well but saves nothing: start it under nohup, tmux or the like.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes="${NODES:-2}" --nproc-per-node="${DEVICES:-8}" --max-restarts="${RESTARTS:-3}" \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \

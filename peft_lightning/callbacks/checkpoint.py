@@ -109,8 +109,12 @@ class RunCheckpoint(Checkpoint):
         self._metrics: dict[str, float] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Cut the log back to the checkpoint; a best score counts only with its file, undamaged."""
-        best = self.folder / "best.ckpt"
+        """Cut the log back to the checkpoint; a best score and its file, undamaged, count only together."""
+        best, aside = self.folder / "best.ckpt", self.folder / "best.earlier.ckpt"
+        new = trainer.ckpt_path is None and trainer.global_step == 0
+        if new and trainer.is_global_zero and best.exists():  # the folder would be loaded as that fit's
+            best.replace(aside)
+            sys.stderr.write(f"peft-lightning: {best} is of an earlier fit: it is {aside.name} now\n")
         if not trainer.strategy.broadcast(is_whole(best) if trainer.is_global_zero else None):
             if self.best_score is not None and trainer.is_global_zero:
                 what = f"{'is damaged' if best.exists() else 'is gone'}, with {self.monitor} {self.best_score:.4f}"
@@ -134,6 +138,9 @@ class RunCheckpoint(Checkpoint):
         self._metrics, self._restored = dict(metrics), None
         if restored.get("validation_due"):
             trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+        loop = trainer.fit_loop
+        if loop.restarted_mid_epoch and loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
+            loop.reset_restart_stage()  # that epoch had all its steps: Lightning would not count the next one as begun
         self._signal, self._boundary, self._over = None, None, False
         # a run that has come to its end, and is started again, leaves its checkpoint as it is
         self._saved_step = trainer.global_step if Path(trainer.ckpt_path or "") == self.folder / LAST else -1

@@ -85,6 +85,12 @@ def check_processes(trainer: L.Trainer, environment: Mapping[str, str] = os.envi
             f"trainer.devices x trainer.num_nodes = {trainer.num_devices} x {trainer.num_nodes}: torchrun has started "
             f"{there} processes (--nproc-per-node x --nnodes); must be as many"
         )
+    here = environment.get("LOCAL_WORLD_SIZE", "")
+    if "TORCHELASTIC_RUN_ID" in environment and here.isdigit() and int(here) != trainer.num_devices:
+        raise UsageError(
+            f"trainer.devices = {trainer.num_devices} on each of trainer.num_nodes = {trainer.num_nodes}: torchrun has "
+            f"started {here} processes on this node (--nproc-per-node); must be as many"
+        )
     if trainer.world_size == 1 or not isinstance(
         getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,27 @@ def test_stopped_twice(method: type[MethodModule], setting: str, tmp_path: Path)
     assert_same_end(method, tmp_path, stops, **SETTINGS[setting])
 
 
+# Checkpoints of the last step of an epoch, of 10, after which no validation comes.
+EPOCH_ENDS: dict[str, dict[str, Any]] = {
+    "validating every other epoch": {"max_epochs": 4, "check_val_every_n_epoch": 2},
+    "validating inside": {"max_epochs": 3, "val_check_interval": 4},
+    "accumulating": {"max_epochs": 3, "val_check_interval": 4, "accumulate_grad_batches": 2},
+    "fewer": {"max_epochs": 6, "check_val_every_n_epoch": 2, "limit_train_batches": 5},
+    "never validating": {"max_epochs": 3, "limit_val_batches": 0},
+}
+
+
+@pytest.mark.parametrize("setting", EPOCH_ENDS)
+@pytest.mark.parametrize(
+    "counts", [(11, 6), *(pytest.param(c, marks=pytest.mark.slow) for c in product(range(4, 14), range(8)))]
+)
+def test_stopped_twice_after_the_end_of_an_epoch(setting: str, counts: tuple[int, int], tmp_path: Path) -> None:
+    options = {"every_n_steps": 5, **EPOCH_ENDS[setting]}
+    assert_same_end(METHODS[0], tmp_path, [StopAt("batch start", count) for count in counts], **options)
+    _, again = run(METHODS[0], tmp_path / "parts", [], **options)
+    assert again.global_step == torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True)["global_step"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -173,3 +195,23 @@ def test_a_best_score_counts_only_beside_its_file(
     assert is_whole(best)
     said = f"{best} (step 10) is {'damaged' if damaged else 'gone'}, with val/accuracy 1.0000; the best from here on"
     assert capsys.readouterr().err.count(said) == 1
+
+
+def test_a_folder_is_not_loaded_as_the_run_that_it_held_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(METHODS[0], tmp_path, [], max_epochs=1)
+    held = (tmp_path / "best.ckpt").read_bytes()
+    fit = trainer(tmp_path, max_steps=3, max_epochs=-1, limit_val_batches=0)  # no best of its own
+    fit.fit(build(METHODS[0]), datamodule=data(batch_size=8, rows=rows()))
+    assert not (tmp_path / "best.ckpt").exists() and (tmp_path / "best.earlier.ckpt").read_bytes() == held
+    said = f"{tmp_path}/best.ckpt is of an earlier fit: it is best.earlier.ckpt now"
+    assert capsys.readouterr().err.count(said) == 1
+
+
+def test_a_fit_that_a_trainer_goes_on_with_keeps_its_best(tmp_path: Path) -> None:
+    module, fit = run(METHODS[0], tmp_path, [], max_epochs=1)
+    assert fit.global_step > 0
+    fit.fit_loop.max_epochs = 2
+    fit.fit(module, datamodule=data(batch_size=8, rows=rows()))
+    assert (tmp_path / "best.ckpt").exists() and not (tmp_path / "best.earlier.ckpt").exists()
