@@ -254,6 +254,7 @@ class MethodModule(L.LightningModule, ABC):
         checkpoint["state_dict"] = state
         checkpoint[MANIFEST_KEY] = self.manifest()
         checkpoint["skipped_steps"] = self.skipped_steps
+        checkpoint["skipped_in_a_row"] = self.guard.in_a_row
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load all that the method owns; the frozen backbone may be among the tensors but need not.
@@ -278,6 +279,7 @@ class MethodModule(L.LightningModule, ABC):
         """
         self._recorded_fingerprint = checkpoint.get(MANIFEST_KEY, {}).get("backbone") or {}
         self.guard.skipped = int(checkpoint.get("skipped_steps", 0))
+        self.guard.in_a_row = int(checkpoint.get("skipped_in_a_row", 0))
         self.before_data(checkpoint)
         self.configure_model()
         self.identify(self.backbone_fingerprint)

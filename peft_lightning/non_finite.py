@@ -45,7 +45,7 @@ class FiniteGuard:
 
     def __init__(self, module: Any) -> None:
         self._module = [module]  # in a list, or it would become its own submodule
-        self.skipped = self._in_a_row = 0
+        self.skipped = self.in_a_row = 0
         self._batches: list[tuple[int, Any]] = []
 
     def begin(self) -> None:
@@ -70,7 +70,7 @@ class FiniteGuard:
             bad = (~torch.isfinite(largest)).any().to(loss)
         value, flag = module.trainer.strategy.reduce(torch.stack([loss, bad]), reduce_op="mean").tolist()
         finite = math.isfinite(value) and flag == 0
-        self._in_a_row = 0 if finite else self._in_a_row + 1
+        self.in_a_row = 0 if finite else self.in_a_row + 1
         return value, finite
 
     def refuse(self, loss: float, step: int, optimizer: torch.optim.Optimizer) -> None:
@@ -81,7 +81,7 @@ class FiniteGuard:
         """
         module = self._module[0]
         stops, again = module.optim.non_finite == "stop", ""
-        if not stops and self._in_a_row >= _MOST_IN_A_ROW:
+        if not stops and self.in_a_row >= _MOST_IN_A_ROW:
             stops, again = True, f" ({_MOST_IN_A_ROW} such steps in a row)"
         tensor, rows = self._cause(loss)
         what = f"the training loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ _COMPUTED = ("llama", "qwen2", "qwen3", "mistral")
 _SIZES = re.compile("size|layers|heads|dim|ffn|width|d_model|position")
 # With places that are learned, and so of as many weights as there are; others compute them.
 _PLACED = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet", "albert", "gpt2", "opt")
+# Numbers of blocks, as architectures call them.
+_BLOCKS = re.compile("(num_hidden|num_decoder|num|encoder|decoder|n)_layers?|num_hidden_groups")
 _SHARED = ("albert",)  # all layers are one
 # Other names are those of code on the hub.
 _ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2")
@@ -102,8 +105,10 @@ def check_sizes(content: Mapping[str, Any]) -> None:
             check_sizes(value)
         elif type(value) is int and _SIZES.search(str(key)) and not -1 <= value <= most:
             raise ValueError(f"{key} = {str(value)[:40]}: must be up to {most}")
-        elif type(value) is int and key == "num_hidden_layers" and value < 1:
+        elif type(value) is int and _BLOCKS.fullmatch(str(key)) and value < 1:
             raise ValueError(f"{key} = {value}: must be at least 1")
+        elif type(value) is float and not math.isfinite(value):
+            raise ValueError(f"{key} = {value}: must be finite")
 
 
 def check_left_over(names: Iterable[str], built: Iterable[str], prefix: str) -> None:

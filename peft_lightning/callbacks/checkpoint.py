@@ -138,9 +138,9 @@ class RunCheckpoint(Checkpoint):
         self._metrics, self._restored = dict(metrics), None
         if restored.get("validation_due"):
             trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
-        loop = trainer.fit_loop
-        if loop.restarted_mid_epoch and loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
-            loop.reset_restart_stage()  # that epoch had all its steps: Lightning would not count the next one as begun
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        if trainer.fit_loop.restarted_mid_epoch and epochs.ready == epochs.processed:
+            trainer.fit_loop.reset_restart_stage()  # that epoch had all its steps: the next is to be counted as begun
         self._signal, self._boundary, self._over = None, None, False
         # a run that has come to its end, and is started again, leaves its checkpoint as it is
         self._saved_step = trainer.global_step if Path(trainer.ckpt_path or "") == self.folder / LAST else -1

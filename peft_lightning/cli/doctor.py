@@ -138,7 +138,13 @@ def _folders(data_root: str | None) -> Iterator[_Line]:
     hub = "HF_HUB_CACHE" if os.environ.get("HF_HUB_CACHE") else "HF_HOME"
     for about, folder, how in (
         ("cache", lambda: cache_folder(None), "$PEFT_LIGHTNING_CACHE or --data.cache_dir"),
-        ("hub's cache", lambda: Path(os.environ.get(hub) or "~/.cache/huggingface").expanduser(), f"${hub}"),
+        (
+            "hub's cache",
+            lambda: Path(
+                os.environ.get(hub) or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+            ).expanduser(),
+            f"${hub}",
+        ),
         ("working folder", Path.cwd, "--run_dir"),
     ):
         try:
@@ -152,7 +158,11 @@ def _folders(data_root: str | None) -> Iterator[_Line]:
         file = "is a file; give the folder that holds those of the tasks"
         yield "data", given, file if os.path.exists(given) else "there is no such folder; give another one"
     else:
-        tasks = sorted(path.name for path in Path(given).iterdir() if path.is_dir())
+        try:
+            tasks = [path for path in Path(given).iterdir() if path.is_dir()]
+        except OSError as error:
+            yield "data", given, f"cannot be looked into ({error.strerror}); change its rights, or give another one"
+            return
         yield "data", f"{given}: {len(tasks)} folders", "" if tasks else "it holds no folder of a task"
 
 

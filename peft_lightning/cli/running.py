@@ -130,7 +130,7 @@ class Agreed(Callback):
             if digest != found[0][1] or (path == "none") != (found[0][0] == "none"):
                 raise UsageError(
                     f"checkpoint to go on from: process 0 found {first}, process {rank} found {_told(path, digest)}; "
-                    "the run's folder must be one that all nodes see"
+                    "the run's folder must be one that all nodes see, and no other job may train into it meanwhile"
                 )
 
 
@@ -187,4 +187,5 @@ def placed(callbacks: Any, folder: Path) -> list[Any]:
     for callback in found:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(folder / "best_k")
+            callback._enable_version_counter = False  # a step that is repeated after a kill takes its own file's place
     return [*found, StayStopped()] if any(isinstance(callback, EarlyStopping) for callback in found) else found

@@ -48,6 +48,14 @@ def test_what_transformers_writes_is_read(name: str, tmp_path: Path) -> None:
         ({"text_config": {"_attn_implementation": "someone/kernel"}}, "_attn_implementation = someone/kernel"),
         ({"model_type": "ernie", "max_position_embeddings": 20_000_000}, "max_position_embeddings = 20000000: must be"),
         ({"text_config": {"num_hidden_layers": 5000}}, "num_hidden_layers = 5000: must be up to 4096"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps = nan: must be finite"),
+        *(
+            ({name: count}, f"{name} = {count}: must be at least 1")
+            for name in ("num_hidden_layers", "encoder_layers", "decoder_layers", "n_layers", "n_layer", "num_layers")
+            for count in (0, -1)
+        ),
+        ({"num_decoder_layers": 0}, "num_decoder_layers = 0: must be at least 1"),
+        ({"num_hidden_groups": 0}, "num_hidden_groups = 0: must be at least 1"),
         ({"transformers_weights": "../x.bin"}, "transformers_weights: names a file"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights are not read"),
     ],

@@ -7,6 +7,7 @@ import shutil
 from collections import namedtuple
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,14 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_what_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     status, line = fails(["doctor", "--data_root", str(tmp_path / "ghost")], capsys)
     assert status == 1 and "1 broken: data: there is no such folder; give another one" in line
+    with monkeypatch.context() as patch:
+
+        def closed(path: Path) -> Any:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        patch.setattr(Path, "iterdir", closed)
+        status, line = fails(["doctor", "--data_root", str(tmp_path)], capsys)
+        assert status == 1 and "data: cannot be looked into (Permission denied); change its rights, or give" in line
     usage = namedtuple("usage", "free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(1 << 20))

@@ -85,6 +85,30 @@ def test_early_stopping_and_the_best_few_in_a_run_that_goes_on(
     assert {path.name for path in (tmp_path / "half" / "best_k").iterdir()} == kept
 
 
+@pytest.mark.parametrize("option", ["stopping_threshold=99", "divergence_threshold=0", "patience=0"])
+def test_a_run_that_was_stopped_otherwise_stays_stopped_too(option: str, tmp_path: Path) -> None:
+    stops = [*STOPPING, f"--trainer.callbacks.init_args.{option}", "--trainer.callbacks.init_args.min_delta=50"]
+    words = [*FIT, *stops, *QUIET, "--trainer.max_steps=30", "--run_dir", str(tmp_path / "run")]
+    main(words)
+    ended = state(tmp_path / "run" / "last.ckpt")["global_step"]
+    assert ended < 30
+    main([*words, "--resume", "auto"])
+    assert state(tmp_path / "run" / "last.ckpt")["global_step"] == ended
+    changed = [word for word in words if option not in word]
+    main([*changed, "--resume", "changed"])  # which it was stopped under no more
+    assert state(tmp_path / "run" / "last.ckpt")["global_step"] > ended
+
+
+def test_a_step_that_is_repeated_leaves_one_file_among_the_best_few(tmp_path: Path) -> None:
+    words = [*FIT, *BEST_K, *QUIET, "--trainer.max_steps=6", "--run_dir", str(tmp_path / "run")]
+    main(words)
+    kept = {path.name for path in (tmp_path / "run" / "best_k").iterdir()}
+    for path in (tmp_path / "run").glob("*.ckpt"):
+        path.unlink()  # as if it had been killed before the first
+    main([*words, "--resume", "auto"])
+    assert {path.name for path in (tmp_path / "run" / "best_k").iterdir()} == kept
+
+
 def test_a_checkpoint_of_the_best_few_can_be_tested(tmp_path: Path) -> None:
     main([*FIT, *BEST_K, *QUIET, "--run_dir", str(tmp_path / "run")])
     path = next((tmp_path / "run" / "best_k").iterdir())

@@ -233,3 +233,23 @@ def test_deterministic_mode_gives_the_same_bits_twice(method: type[MethodModule]
         torch.use_deterministic_algorithms(False)
     assert ends[0][2] == ends[1][2]
     assert_close(ends[1][:2], ends[0][:2], rtol=0, atol=0)
+
+
+class Always(Poison):
+    """Every step is bad."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        batch.get("inputs", batch)["input_ids"][0, 1] = UNKNOWN
+
+
+def test_steps_in_a_row_are_counted_over_a_resume(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"every_n_steps": 1, "max_epochs": 4}
+    source = data(batch_size=8, rows=rows())
+
+    def skipping() -> Any:
+        return build(METHODS[0], optim={"lr": 1e-3, "non_finite": "skip"})
+
+    trainer(tmp_path, callbacks=[Always()], max_steps=7, **options).fit(skipping(), datamodule=source)
+    goes_on = trainer(tmp_path, callbacks=[Always()], **options)
+    with pytest.raises(PeftLightningError, match=r"at step 10 \(10 such steps in a row\)"):
+        goes_on.fit(skipping(), datamodule=source, ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True)
