@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 __all__ = ["StayStopped"]
 
@@ -43,11 +44,16 @@ class StayStopped(Callback):
         """Stop what was stopped."""
         if self._stopped == self._settings:
             trainer.should_stop = True
+            return
         self._stopped = None
+        for callback in _stopping(trainer):
+            callback.stopping_reason = EarlyStoppingReason.NOT_STOPPED
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See whether another callback has stopped the run."""
-        self._stopped = self._settings if trainer.should_stop and trainer.state.fn == "fit" else None
+        """See whether early stopping has stopped the run, and not, say, a limit of time."""
+        if trainer.state.fn == "fit":
+            stopped = any(c.stopping_reason != EarlyStoppingReason.NOT_STOPPED for c in _stopping(trainer))
+            self._stopped = self._settings if stopped else None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say which metric has ended the run, and after how long."""

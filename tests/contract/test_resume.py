@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from peft_lightning.callbacks.log import MetricsCSV
+from peft_lightning.callbacks.stopping import StayStopped
 from peft_lightning.errors import UsageError
 from peft_lightning.files.latest import is_whole
 from peft_lightning.module import MethodModule
@@ -215,3 +216,19 @@ def test_a_fit_that_a_trainer_goes_on_with_keeps_its_best(tmp_path: Path) -> Non
     fit.fit_loop.max_epochs = 2
     fit.fit(module, datamodule=data(batch_size=8, rows=rows()))
     assert (tmp_path / "best.ckpt").exists() and not (tmp_path / "best.earlier.ckpt").exists()
+
+
+def test_a_run_that_something_else_has_stopped_goes_on(tmp_path: Path) -> None:
+    """Such as a limit of time: only what early stopping has stopped stays so."""
+
+    class Over(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step == 3
+
+    def callbacks() -> list[L.Callback]:
+        return [EarlyStopping("val/loss", patience=9, check_on_train_epoch_end=False), StayStopped()]
+
+    _, stopped = run(METHODS[0], tmp_path, [*callbacks(), Over()], max_epochs=2)
+    assert stopped.global_step == 3
+    _, goes_on = run(METHODS[0], tmp_path, callbacks(), max_epochs=2)
+    assert goes_on.global_step == 20
